@@ -1,0 +1,201 @@
+"""The update that all four papers share, and the parts that acting and learning have in common."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dreamer.actor import ActionCodec
+from dreamer.batch import Batch
+from dreamer.config import AgentConfig
+from dreamer.presets import AGENTS
+from dreamer.rssm import RSSM, State
+from dreamer.spaces import ActionSpace, ObsSpace, record_column
+
+Losses = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Rollout(NamedTuple):
+    """Posterior states over a batch, with gradient.
+
+    ``post`` and ``prior`` are the latent's statistics (B, T, …).
+    """
+
+    embed: Tensor
+    states: State
+    post: Tensor
+    prior: Tensor
+
+
+class Trajectory(NamedTuple):
+    """Imagined states and the actions taken in them, without gradient unless the paper needs it.
+
+    ``states`` (N, H+1, …) start with the replayed state; ``actions`` (N, H+1, A).
+    """
+
+    states: State
+    actions: Tensor
+
+
+class Optimiser(Protocol):
+    """What a group needs from its optimiser."""
+
+    def step(self, grads: list[Tensor]) -> Metrics:
+        """Apply one update in place."""
+
+
+class Group(NamedTuple):
+    """Parameters that one optimiser moves, and the losses whose gradient moves them."""
+
+    losses: tuple[str, ...]
+    params: list[nn.Parameter]
+    optimiser: Optimiser
+
+
+class Agent(nn.Module):
+    """One Dreamer: *observe → model losses → imagine → behaviour losses → optimise → slow copies*.
+
+    A paper is a subclass that builds the parts in its constructor and fills in the losses. The
+    encoder, the RSSM and the actor are what acting needs; their tensors are published.
+    """
+
+    encoder: nn.Module
+    rssm: RSSM
+    actor: nn.Module
+
+    def __init__(self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
+        super().__init__()
+        self.config, self.obs_space, self.action_space = config, obs_space, action_space
+        self.codec = ActionCodec(action_space)
+        self.amp: torch.dtype | None = None
+
+    def update(self, batch: Batch) -> tuple[Metrics, dict[str, Tensor]]:
+        """Train on one batch, without synchronising with the host.
+
+        Returns:
+            Metrics as 0-d tensors on the device, and the recomputed latents of the batch
+            ``{"deter": (B, T, D), "stoch": (B, T, S)}`` in the types of the replay record.
+        """
+        # One autocast context per phase: its cache of cast weights must not carry a cast made
+        # without gradient, in imagination, over to a phase that needs the gradient.
+        with self._precision(batch):
+            rollout = self.observe(batch)
+            losses, metrics = self.model_losses(batch, rollout)
+        with self._precision(batch):
+            trajectory = self.imagine(rollout)
+        with self._precision(batch):
+            behaviour, more = self.behaviour_losses(batch, rollout, trajectory)
+        losses |= behaviour
+        metrics |= more | {f"loss/{name}": value.detach().mean() for name, value in losses.items()}
+        metrics |= self.optimise(losses)
+        self.update_slow()
+        return metrics, self.to_record(rollout.states)
+
+    def _precision(self, batch: Batch) -> torch.autocast:
+        device = batch.reward.device.type
+        return torch.autocast(device, dtype=self.amp, enabled=self.amp is not None)
+
+    def observe(self, batch: Batch) -> Rollout:
+        """Return the posterior rollout of the batch, with gradient."""
+        embed = self.encoder(batch.obs)
+        states, post = self.rssm.observe(embed, batch.prev_action, batch.is_first, batch.initial)
+        return Rollout(embed, states, post, self.rssm.prior(states.deter))
+
+    def model_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
+        """Return the world model's losses, each (B, T) or already a mean."""
+        raise NotImplementedError
+
+    def imagine(self, rollout: Rollout) -> Trajectory:
+        """Return trajectories from every replayed state under the current policy."""
+        raise NotImplementedError
+
+    def behaviour_losses(
+        self, batch: Batch, rollout: Rollout, trajectory: Trajectory
+    ) -> tuple[Losses, Metrics]:
+        """Return the actor's and critic's losses."""
+        raise NotImplementedError
+
+    def groups(self) -> list[Group]:
+        """Return the optimiser groups in the order in which they step."""
+        raise NotImplementedError
+
+    def update_slow(self) -> None:
+        """Move the slow copies after the optimiser's step."""
+        raise NotImplementedError
+
+    def optimise(self, losses: Losses) -> Metrics:
+        """Step every group on the scaled sum of its losses' means."""
+        groups = self.groups()
+        scales = {name: getattr(self.config.scales, name.split(".")[0]) for name in losses}
+        named = [name for group in groups for name in group.losses]
+        assert sorted(named) == sorted(losses), (sorted(named), sorted(losses))
+        grads = [
+            torch.autograd.grad(
+                sum(losses[name].mean() * scales[name] for name in group.losses),
+                group.params,
+                retain_graph=group is not groups[-1],
+                materialize_grads=True,
+            )
+            for group in groups
+        ]
+        metrics: Metrics = {}
+        for group, grad in zip(groups, grads, strict=True):
+            metrics |= group.optimiser.step(list(grad))
+        return metrics
+
+    def to_record(self, states: State) -> dict[str, Tensor]:
+        """Return latents in the types of the replay record, or nothing if none are stored."""
+        if not self.config.context:
+            return {}
+        states = states.detach()
+        return {
+            "deter": states.deter.to(torch.float16),
+            "stoch": self.rssm.latent.to_record(states.stoch),
+        }
+
+    def from_record(self, deter: Tensor, stoch: Tensor) -> State:
+        """Return a stored latent as a state in float32."""
+        return State(deter.float(), self.rssm.latent.from_record(stoch))
+
+    def policy_tensors(self) -> dict[str, Tensor]:
+        """Return what acting needs, by name: a subset of ``state_dict()``."""
+        prefixes = tuple(f"{name}." for name in POLICY_PARTS)
+        return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
+
+
+POLICY_PARTS = ("encoder", "rssm", "actor")
+
+
+def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> Agent:
+    """Build the agent that the config names, with fresh parameters on the CPU.
+
+    Raises:
+        ValueError: unknown agent, or a space that it cannot take; the message says what fits.
+    """
+    return agent_class(config.name)(config, obs_space, action_space)
+
+
+def agent_class(name: str) -> Any:
+    """Return the class of a registered agent. Raises ValueError on unknown names."""
+    if name not in AGENTS:
+        raise ValueError(f"unknown agent {name!r}; choose one of {', '.join(sorted(AGENTS))}")
+    module, _, attribute = AGENTS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def record_columns(
+    config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return (name, dtype, shape) of every column that a replay record of this agent has."""
+    columns = [(key, *record_column(spec)) for key, spec in (obs_space | action_space).items()]
+    columns += [("reward", "float32", ())]
+    columns += [(name, "bool", ()) for name in ("is_first", "is_last", "is_terminal")]
+    if config.context:
+        parts = agent_class(config.name).policy_parts(config, obs_space, action_space)
+        columns.append(("deter", "float16", (parts["rssm"].core.deter,)))
+        columns.append(("stoch", *parts["rssm"].latent.record_spec()))
+    return columns

@@ -1,0 +1,219 @@
+"""Configuration of an agent: plain frozen data, free of torch, validated where it is built.
+
+Configs stop at constructors: layers take numbers, and only ``agent.py`` and the agents' own files
+read these classes. Sizes of the published models are in ``presets.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class RSSMConfig:
+    """Recurrent state-space model."""
+
+    deter: int = 8192
+    """Width D of the deterministic state."""
+    hidden: int = 1024
+    """Width U of the hidden layers around the recurrent core."""
+    stoch: int = 32
+    """Number S of stochastic groups."""
+    classes: int = 64
+    """Classes K of each stochastic group."""
+    blocks: int = 8
+    """Blocks of the block-diagonal recurrent weights."""
+    prior_layers: int = 2
+    """Hidden layers of the prior p(z|h)."""
+    post_layers: int = 1
+    """Hidden layers of the posterior q(z|h, e)."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into every categorical."""
+
+    def __post_init__(self) -> None:
+        if self.deter % self.blocks:
+            raise ValueError(
+                f"rssm.deter must be a multiple of rssm.blocks, got {self.deter} and {self.blocks}; "
+                f"try --agent.rssm.deter {self.blocks * max(1, self.deter // self.blocks)}"
+            )
+        if not 2 <= self.classes <= 256:
+            raise ValueError(
+                f"rssm.classes must be 2..256 (a replay record keeps one byte per group), "
+                f"got {self.classes}"
+            )
+        if not 0.0 <= self.unimix < 1.0:
+            raise ValueError(f"rssm.unimix is a share in [0, 1), got {self.unimix}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Observation encoder: one convolutional tower per image size, one MLP for all vectors."""
+
+    depth: int = 64
+    """Base number of channels d; stage i has ``depth * mults[i]``."""
+    mults: tuple[int, ...] = (2, 3, 4, 4)
+    """Channel multiple of each stage; every stage halves the image."""
+    kernel: int = 5
+    """Convolution kernel in pixels."""
+    layers: int = 3
+    """Hidden layers of the vector MLP."""
+    units: int = 1024
+    """Width of the vector MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Observation decoder, the mirror image of the encoder."""
+
+    depth: int = 64
+    """Base number of channels d."""
+    mults: tuple[int, ...] = (2, 3, 4, 4)
+    """Channel multiple of each stage; every stage doubles the image."""
+    kernel: int = 5
+    """Convolution kernel in pixels."""
+    layers: int = 3
+    """Hidden layers of the vector MLP."""
+    units: int = 1024
+    """Width of the vector MLP and half the width of the image stem's stochastic branch."""
+    blocks: int = 8
+    """Blocks of the image stem's deterministic branch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """MLP that predicts one scalar from the latent feature."""
+
+    layers: int = 1
+    """Hidden layers."""
+    units: int = 1024
+    """Hidden width."""
+    outscale: float = 1.0
+    """Multiple of the initialiser's standard deviation in the output layer; 0 starts at zero."""
+    bins: int = 255
+    """Bins of a two-hot head; ignored by the Bernoulli head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorNetConfig:
+    """Policy network."""
+
+    layers: int = 3
+    """Hidden layers."""
+    units: int = 1024
+    """Hidden width."""
+    outscale: float = 0.01
+    """Multiple of the initialiser's standard deviation in the output layer."""
+    min_std: float = 0.1
+    """Smallest standard deviation of a continuous action."""
+    max_std: float = 1.0
+    """Largest standard deviation of a continuous action."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into discrete actions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourConfig:
+    """Actor and critic learning in imagination."""
+
+    imag_horizon: int = 15
+    """Imagined steps H from every replayed state."""
+    discount_horizon: float = 333.0
+    """Horizon in steps; the discount is 1 - 1 / horizon."""
+    lambda_: float = 0.95
+    """Mix of n-step returns."""
+    entropy: float = 3e-4
+    """Weight of the policy's entropy bonus, per nat."""
+    slow_rate: float = 0.02
+    """Share of the fast critic moved into the slow critic after every update."""
+    slow_regulariser: float = 1.0
+    """Weight of the critic's pull towards the slow critic's mean."""
+    return_rate: float = 0.01
+    """Rate of the running return percentiles."""
+    return_low: float = 0.05
+    """Lower return percentile as a share."""
+    return_high: float = 0.95
+    """Upper return percentile as a share."""
+    return_limit: float = 1.0
+    """Smallest divisor of the advantage: small returns are never blown up."""
+
+    def __post_init__(self) -> None:
+        if self.imag_horizon < 1:
+            raise ValueError(f"behaviour.imag_horizon must be >= 1 step, got {self.imag_horizon}")
+        if self.discount_horizon <= 1:
+            raise ValueError(
+                f"behaviour.discount_horizon must be > 1 step, got {self.discount_horizon}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """LaProp with adaptive gradient clipping, one group for all modules."""
+
+    lr: float = 4e-5
+    """Learning rate after the warm-up."""
+    warmup: int = 1000
+    """Updates over which the learning rate ramps from 0."""
+    beta1: float = 0.9
+    """Decay of the momentum."""
+    beta2: float = 0.999
+    """Decay of the squared gradient."""
+    eps: float = 1e-20
+    """Added to the root of the squared gradient."""
+    agc: float = 0.3
+    """Largest gradient norm as a share of the parameter norm, per tensor."""
+    agc_floor: float = 1e-3
+    """Smallest parameter norm that the clipping assumes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossScales:
+    """Weight of every loss; the names are those of the losses."""
+
+    rec: float = 1.0
+    """Reconstruction, for every observation key."""
+    rew: float = 1.0
+    """Reward."""
+    con: float = 1.0
+    """Continuation."""
+    dyn: float = 1.0
+    """KL that trains the prior."""
+    rep: float = 0.1
+    """KL that trains the posterior."""
+    policy: float = 1.0
+    """Actor."""
+    value: float = 1.0
+    """Critic in imagination."""
+    repval: float = 0.3
+    """Critic on replay, with gradient into the world model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """Everything that defines an agent, apart from the spaces it lives in."""
+
+    name: str = "v3"
+    """Which agent; a key of the registry in ``dreamer/presets.py``."""
+    rssm: RSSMConfig = field(default_factory=RSSMConfig)
+    """Recurrent state-space model."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Observation encoder."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """Observation decoder."""
+    reward: HeadConfig = field(default_factory=lambda: HeadConfig(outscale=0.0))
+    """Reward head."""
+    cont: HeadConfig = field(default_factory=HeadConfig)
+    """Continuation head."""
+    critic: HeadConfig = field(default_factory=lambda: HeadConfig(layers=3, outscale=0.0))
+    """Critic."""
+    actor: ActorNetConfig = field(default_factory=ActorNetConfig)
+    """Policy."""
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
+    """Learning in imagination."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser."""
+    scales: LossScales = field(default_factory=LossScales)
+    """Loss weights."""
+    free_nats: float = 1.0
+    """KL below which neither dyn nor rep has a gradient, per replayed step."""
+    context: int = 1
+    """Records before the trained window whose stored latent starts it."""

@@ -1,0 +1,70 @@
+"""Scalar heads: two-hot regression for reward and value, Bernoulli for continuation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dreamer import ops
+from dreamer.nets import MLP, Linear
+
+
+class TwoHot:
+    """Distribution over symexp-spaced bins, from logits (…, bins) in float32."""
+
+    def __init__(self, logits: Tensor, bins: Tensor) -> None:
+        self.logits, self.bins = logits, bins
+
+    def mean(self) -> Tensor:
+        """Return the expectation in raw space, (…)."""
+        return ops.twohot_mean(self.logits, self.bins)
+
+    def loss(self, target: Tensor) -> Tensor:
+        """Return the cross-entropy with the two-hot encoding of ``target`` (…)."""
+        return ops.twohot_loss(self.logits, target, self.bins)
+
+    def without_last(self) -> TwoHot:
+        """Drop the last entry of axis 1, the state that only bootstraps."""
+        return TwoHot(self.logits[:, :-1], self.bins)
+
+
+class TwoHotHead(nn.Module):
+    """MLP with a two-hot output: feature (…, F) → `TwoHot`."""
+
+    bins: Tensor
+
+    def __init__(self, inputs: int, layers: int, units: int, outscale: float, bins: int) -> None:
+        super().__init__()
+        self.mlp = MLP(inputs, layers, units)
+        self.out = Linear(units, bins, outscale)
+        self.register_buffer("bins", ops.symexp_bins(bins), persistent=False)
+
+    def forward(self, feature: Tensor) -> TwoHot:
+        return TwoHot(self.out(self.mlp(feature)).float(), self.bins)
+
+
+class Bernoulli:
+    """Probability that the episode goes on, from logits (…) in float32."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def mean(self) -> Tensor:
+        """Return the probability, (…)."""
+        return torch.sigmoid(self.logits)
+
+    def loss(self, target: Tensor) -> Tensor:
+        """Return the cross-entropy with a soft ``target`` (…) in [0, 1]."""
+        return ops.bernoulli_loss(self.logits, target)
+
+
+class BernoulliHead(nn.Module):
+    """MLP with one logit: feature (…, F) → `Bernoulli`."""
+
+    def __init__(self, inputs: int, layers: int, units: int, outscale: float) -> None:
+        super().__init__()
+        self.mlp = MLP(inputs, layers, units)
+        self.out = Linear(units, 1, outscale)
+
+    def forward(self, feature: Tensor) -> Bernoulli:
+        return Bernoulli(self.out(self.mlp(feature)).float().squeeze(-1))

@@ -1,0 +1,206 @@
+"""Pure functions on tensors: the mathematics of the papers, without state or configuration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def symlog(x: Tensor) -> Tensor:
+    """Return sign(x)·ln(1+|x|) (DreamerV3, arXiv:2301.04104, Eq. 1 of v2, Eq. 9 of v1)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """Return sign(x)·(e^|x| − 1), the inverse of `symlog`."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def log_unimix(logits: Tensor, unimix: float) -> Tensor:
+    """Return log((1−u)·softmax(logits) + u/K) over the last axis (DreamerV3, both versions).
+
+    With ``unimix`` 0 this is the plain log-softmax.
+    """
+    if unimix == 0.0:
+        return F.log_softmax(logits, -1)
+    probs = F.softmax(logits, -1)
+    return torch.log((1.0 - unimix) * probs + unimix / logits.shape[-1])
+
+
+def sample_onehot(probs: Tensor) -> Tensor:
+    """Draw one-hot vectors over the last axis by an exponential race, without gradient.
+
+    argmaxₖ pₖ/Eₖ with Eₖ ~ Exp(1) is a draw from p: one kernel, no synchronisation.
+    """
+    with torch.no_grad():
+        race = probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
+        return F.one_hot(race.argmax(-1), probs.shape[-1]).to(probs.dtype)
+
+
+def straight_through(onehot: Tensor, probs: Tensor) -> Tensor:
+    """Return the one-hot value with the gradient of the probabilities (DreamerV2, Algorithm 1)."""
+    return onehot + probs - probs.detach()
+
+
+def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return KL(p‖q) summed over the groups: (…, S, K) normalised log-probabilities → (…)."""
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """Return KL(p‖q) of diagonal Gaussians summed over the last axis: (…, S) → (…)."""
+    ratio = (std_p / std_q) ** 2
+    return 0.5 * (ratio + ((mean_p - mean_q) / std_q) ** 2 - 1.0 - torch.log(ratio)).sum(-1)
+
+
+def free_nats_per_element(kl: Tensor, free: float) -> Tensor:
+    """Return max(free, KL) for every element (DreamerV3): below the floor there is no gradient."""
+    return torch.clamp_min(kl, free)
+
+
+def free_nats_of_mean(kl: Tensor, free: float) -> Tensor:
+    """Return max(free, mean KL), one number (DreamerV1, and DreamerV2's ``free_avg``)."""
+    return torch.clamp_min(kl.mean(), free)
+
+
+def symexp_bins(count: int = 255, limit: float = 20.0) -> Tensor:
+    """Return two-hot bins symexp(linspace(−limit, 0)) mirrored; the middle one is exactly 0.
+
+    DreamerV3, Nature 2025. ``count`` is odd. Computed in float64, returned in float32.
+    """
+    assert count % 2 == 1, count
+    half = symexp(torch.linspace(-limit, 0.0, count // 2 + 1, dtype=torch.float64))
+    return torch.cat([half, -half[:-1].flip(0)]).float()
+
+
+def symlog_bins(count: int = 255, limit: float = 20.0) -> Tensor:
+    """Return two-hot bins equally spaced in symlog space (DreamerV3, arXiv:2301.04104v1)."""
+    return torch.linspace(-limit, limit, count, dtype=torch.float64).float()
+
+
+def twohot_neighbours(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index below, index above, weight of above) of each target among sorted bins.
+
+    Values outside the bins saturate on the end bin. An exact hit puts weight 1 on that bin.
+    """
+    last = bins.shape[0] - 1
+    clipped = target.clamp(bins[0], bins[-1])
+    below = (torch.bucketize(clipped, bins, right=True) - 1).clamp(0, last)
+    above = (below + 1).clamp(max=last)
+    low, high = bins[below], bins[above]
+    weight = (clipped - low) / torch.where(high > low, high - low, torch.ones_like(low))
+    return below, above, weight
+
+
+def twohot(target: Tensor, bins: Tensor) -> Tensor:
+    """Return the dense two-hot encoding (…, bins) of the targets (…); the weights sum to one."""
+    below, above, weight = twohot_neighbours(target, bins)
+    count = bins.shape[0]
+    return F.one_hot(below, count) * (1.0 - weight)[..., None] + (
+        F.one_hot(above, count) * weight[..., None]
+    )
+
+
+def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+    """Return −Σᵢ twohot(target)ᵢ·log_softmax(logits)ᵢ: (…, bins), (…) → (…).
+
+    The target has two non-zero weights, so two gathered logits and one log-sum-exp suffice.
+    """
+    below, above, weight = twohot_neighbours(target, bins)
+    picked = logits.gather(-1, torch.stack([below, above], -1))
+    expected = torch.lerp(picked[..., 0], picked[..., 1], weight)
+    return torch.logsumexp(logits, -1) - expected
+
+
+def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
+    """Return Σᵢ softmax(logits)ᵢ·binsᵢ: (…, bins) → (…), for bins that mirror around zero.
+
+    Bin i is paired with its mirror image before summing: bins reach 4.85e8, so a plain float32
+    sum of a uniform distribution would not cancel. Zero logits predict exactly 0.
+    """
+    probs = F.softmax(logits.float(), -1)
+    half = bins.shape[0] // 2
+    pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)
+    return (pairs * bins[half + 1 :]).sum(-1) + probs[..., half] * bins[half]
+
+
+def lambda_return_current(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+    """Return λ-returns that include the current state's reward: (N, H) each → (N, H−1).
+
+    Rₜ = rₜ + dₜ[(1−λ)vₜ₊₁ + λRₜ₊₁],  R_last = v_last
+    (DreamerV1, arXiv:1912.01603v3, Eq. 6; DreamerV2, arXiv:2010.02193v4, Eq. 4.)
+    """
+    assert reward.shape == value.shape == discount.shape and reward.dim() == 2, reward.shape
+    ret, returns = value[:, -1], []
+    one_step = reward[:, :-1] + discount[:, :-1] * (1.0 - lambda_) * value[:, 1:]
+    carry = discount[:, :-1] * lambda_
+    for t in reversed(range(one_step.shape[1])):
+        ret = one_step[:, t] + carry[:, t] * ret
+        returns.append(ret)
+    return torch.stack(returns[::-1], 1)
+
+
+def lambda_return_next(
+    reward: Tensor, value: Tensor, live: Tensor, lambda_: float | Tensor
+) -> Tensor:
+    """Return λ-returns that start with the next state's reward: (N, H) each → (N, H−1).
+
+    Rₜ = rₜ₊₁ + lₜ₊₁[(1−λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁],  R_last = v_last
+    with ``live`` lₜ the discounted probability that the episode goes on at t, and ``lambda_`` a
+    number or, where the trace is cut at episode ends, a tensor (N, H).
+    (DreamerV3, arXiv:2301.04104v2, Eq. 7.)
+    """
+    assert reward.shape == value.shape == live.shape and reward.dim() == 2, reward.shape
+    trace = torch.broadcast_to(torch.as_tensor(lambda_, device=value.device), value.shape)[:, 1:]
+    one_step = reward[:, 1:] + live[:, 1:] * (1.0 - trace) * value[:, 1:]
+    carry = live[:, 1:] * trace
+    ret, returns = value[:, -1], []
+    for t in reversed(range(one_step.shape[1])):
+        ret = one_step[:, t] + carry[:, t] * ret
+        returns.append(ret)
+    return torch.stack(returns[::-1], 1)
+
+
+def cumulative_weight(live: Tensor, start: float) -> Tensor:
+    """Return the running product of ``live`` over time divided by ``start``: (N, H) → (N, H)."""
+    return torch.cumprod(live, 1) / start
+
+
+def percentiles(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return two linearly interpolated percentiles of all elements, as 0-d tensors.
+
+    The positions are known beforehand, so nothing synchronises with the host.
+    """
+    ordered = x.detach().flatten().float().sort().values
+
+    def at(share: float) -> Tensor:
+        position = share * (ordered.shape[0] - 1)
+        index = math.floor(position)
+        after = min(index + 1, ordered.shape[0] - 1)
+        return torch.lerp(ordered[index], ordered[after], position - index)
+
+    return at(low), at(high)
+
+
+def bernoulli_loss(logit: Tensor, target: Tensor) -> Tensor:
+    """Return −t·log p − (1−t)·log(1−p) with p = sigmoid(logit); ``target`` may be soft."""
+    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return log N(x; mean, std) summed over the last axis."""
+    scaled = (x - mean) / std
+    return (-0.5 * scaled**2 - torch.log(std) - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def normal_entropy(std: Tensor) -> Tensor:
+    """Return the entropy in nats of N(·, std) summed over the last axis."""
+    return (torch.log(std) + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+def unit_scale(action: Tensor) -> Tensor:
+    """Divide element-wise by max(1, |a|), without gradient through the divisor (DreamerV3)."""
+    return action / action.detach().abs().clamp_min(1.0)

@@ -1,0 +1,85 @@
+"""Optimisers as modules: their state is buffers, so it moves, saves and loads with the agent."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LaProp(nn.Module):
+    """LaProp with per-tensor adaptive gradient clipping and a linear warm-up.
+
+    Order of DreamerV3 (Nature 2025): clip g to 0.3·max(1e-3, ‖p‖) → divide by the root of its
+    running square → momentum → −lr. The rate multiplies after the momentum, so a changing rate
+    acts at once; update 0 uses rate 0. Everything is a fixed sequence of multi-tensor kernels on
+    device tensors, so it can be captured in a CUDA graph.
+    """
+
+    count: Tensor
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        *,
+        lr: float,
+        warmup: int,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        agc: float,
+        agc_floor: float,
+    ) -> None:
+        super().__init__()
+        self._params = tuple(params)  # a tuple: the agent owns the parameters, not this module
+        self.lr, self.warmup, self.eps = lr, warmup, eps
+        self.beta1, self.beta2, self.agc, self.agc_floor = beta1, beta2, agc, agc_floor
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        for i, param in enumerate(params):
+            self.register_buffer(f"square_{i}", torch.zeros_like(param))
+            self.register_buffer(f"momentum_{i}", torch.zeros_like(param))
+
+    def rate(self) -> Tensor:
+        """Return the learning rate of the coming update, a 0-d tensor."""
+        if self.warmup == 0:
+            return torch.full_like(self.count, self.lr)
+        return self.lr * (self.count / self.warmup).clamp(max=1.0)
+
+    @torch.no_grad()
+    def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
+        """Apply one update in place and return metrics as 0-d tensors."""
+        params = list(self._params)
+        squares = [getattr(self, f"square_{i}") for i in range(len(params))]
+        momenta = [getattr(self, f"momentum_{i}") for i in range(len(params))]
+        rate = self.rate()
+        self.count += 1
+        grads, clipped, norm = self._clip(params, grads)
+        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1.0 - self.beta2)
+        unbias = (1.0 - self.beta2**self.count).float()
+        roots = torch._foreach_div(squares, unbias)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, self.eps)
+        torch._foreach_div_(grads, roots)
+        torch._foreach_mul_(momenta, self.beta1)
+        torch._foreach_add_(momenta, grads, alpha=1.0 - self.beta1)
+        scale = (rate / (1.0 - self.beta1**self.count)).float()
+        steps = torch._foreach_mul(momenta, -scale)
+        torch._foreach_add_(params, steps)
+        update = torch.stack(torch._foreach_norm(steps)).norm()
+        size = sum(param.numel() for param in params)
+        return {
+            "lr": rate.float(),
+            "grad_norm": norm,
+            "grad_clip_fraction": clipped,
+            "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
+            "update_rms": update / size**0.5,
+        }
+
+    def _clip(
+        self, params: list[nn.Parameter], grads: list[Tensor]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        grad_norms = torch.stack(torch._foreach_norm(grads))
+        limits = torch.stack(torch._foreach_norm(params)).clamp_min(self.agc_floor) * self.agc
+        factors = 1.0 / torch.clamp_min(grad_norms / limits, 1.0)
+        clipped = torch._foreach_mul(grads, list(factors.unbind()))
+        return clipped, (grad_norms > limits).float().mean(), grad_norms.norm()

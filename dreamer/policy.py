@@ -1,0 +1,116 @@
+"""The acting half of an agent: encoder, RSSM and actor, from published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dreamer.actor import ActionCodec
+from dreamer.agent import agent_class, record_columns
+from dreamer.config import AgentConfig
+from dreamer.spaces import ActionSpace, ObsSpace
+from dreamer.weights import PackedWeights, Version, WeightsError, unpack
+
+__all__ = ["Policy", "record_columns"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Policy(nn.Module):
+    """Act in K environments at once, keeping one recurrent state for each.
+
+    Runs on the CPU in float32. The number of environments may change between calls only by
+    starting over (every ``is_first`` True).
+    """
+
+    def __init__(
+        self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        parts = agent_class(config.name).policy_parts(config, obs_space, action_space)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.config, self.codec = config, ActionCodec(action_space)
+        self.requires_grad_(False)
+        self.version: Version = (-1, -1)
+        self._latent = self.rssm.latent
+        # Sampling draws from torch's global generator, so the stream of this policy is kept apart.
+        self._random = torch.Generator().manual_seed(seed).get_state()
+        self._state: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def load(self, weights: PackedWeights) -> None:
+        """Swap in new weights, all or none.
+
+        Raises:
+            WeightsError: damaged, not finite, or of another network; the old weights stay.
+        """
+        tensors, own = unpack(weights), self.state_dict()
+        wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
+        extra = [k for k in tensors if k not in own]
+        if wrong or extra:
+            raise WeightsError(
+                f"weights {weights.version} do not fit this policy: {len(wrong)} tensors missing or "
+                f"of another shape (first: {wrong[:1]}), {len(extra)} unknown (first: {extra[:1]}); "
+                "learner and actors must run the same configuration"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.version = weights.version
+
+    @torch.inference_mode()
+    def step(
+        self, obs: Mapping[str, NDArray[Any]], is_first: NDArray[np.bool_], mode: str = "sample"
+    ) -> tuple[Arrays, Arrays]:
+        """Choose actions for K environments.
+
+        Args:
+            obs: {key: (K, …)} in record types.
+            is_first: (K,) bool; there the recurrent state and previous action start over.
+            mode: "sample" from the policy, or its "greedy" mode.
+
+        Returns:
+            Actions {key: (K, …)} in record form, and the latent after seeing ``obs`` in record
+            types, {} if the agent stores none.
+        """
+        if mode not in ("sample", "greedy"):
+            raise ValueError(f"unknown acting mode {mode!r}; use 'sample' or 'greedy'")
+        count = len(is_first)
+        if self._state is None or len(self._state[0]) != count:
+            initial = self.rssm.initial(count)
+            self._state = (initial.deter, initial.stoch.flatten(1), torch.zeros(count, self.codec.size))
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self._random)
+        try:
+            action = self._step(obs, torch.from_numpy(is_first), mode)
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(outer)
+        actions = {key: value.numpy() for key, value in self.codec.record(action).items()}
+        return actions, self._record()
+
+    def _step(self, obs: Mapping[str, NDArray[Any]], is_first: Tensor, mode: str) -> Tensor:
+        assert self._state is not None
+        deter, stoch, previous = self._state
+        tensors = {key: torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(1) for key, x in obs.items()}
+        keep = (~is_first).float()[:, None]
+        embed = self.rssm.posterior.project_embed(self.encoder(tensors)[:, 0])
+        drive = self.rssm.core.project_action(previous * keep)
+        deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep)
+        dist = self.actor(torch.cat([deter, stoch], -1))
+        action = dist.sample() if mode == "sample" else dist.mode()
+        self._state = (deter, stoch, action)
+        return action
+
+    def _record(self) -> Arrays:
+        assert self._state is not None
+        if not self.config.context:
+            return {}
+        deter, stoch, _ = self._state
+        indices = self._latent.to_record(stoch.unflatten(-1, self._latent.shape))
+        return {"deter": deter.to(torch.float16).numpy(), "stoch": indices.numpy()}
+

@@ -1,0 +1,133 @@
+"""Recurrent state-space model: posterior rollouts over data, prior rollouts in imagination."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dreamer.core import BlockGRU
+from dreamer.latent import OneHotLatent
+from dreamer.nets import MLP, Dense, Linear
+
+
+class State(NamedTuple):
+    """Latent state: ``deter`` (…, D) float32 and ``stoch`` (…, S, K) or (…, S)."""
+
+    deter: Tensor
+    stoch: Tensor
+
+    def feature(self) -> Tensor:
+        """Return deter ⊕ flat stoch, (…, F)."""
+        flat = self.stoch.reshape(*self.deter.shape[:-1], -1)
+        return torch.cat([self.deter, flat.to(self.deter.dtype)], -1)
+
+    def detach(self) -> State:
+        """Return the state without gradient."""
+        return State(self.deter.detach(), self.stoch.detach())
+
+    def flatten(self) -> State:
+        """Merge the first two axes: (B, T, …) → (B·T, …)."""
+        return State(self.deter.flatten(0, 1), self.stoch.flatten(0, 1))
+
+
+class Posterior(nn.Module):
+    """q(z|h, e): hidden layers on [h, e], then logits.
+
+    The first layer's product with the embedding does not depend on the state, so a rollout
+    computes it for all time steps at once (`project_embed`).
+    """
+
+    def __init__(self, deter: int, embed: int, layers: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        assert layers >= 1, layers
+        self.first = Dense(deter + embed, hidden)
+        self.rest = MLP(hidden, layers - 1, hidden)
+        self.logits = Linear(hidden, outputs)
+        self.deter = deter
+
+    def project_embed(self, embed: Tensor) -> Tensor:
+        """(…, E) → (…, U), bias included."""
+        linear = self.first.linear
+        return nn.functional.linear(embed, linear.weight[:, self.deter :], linear.bias)
+
+    def forward(self, deter: Tensor, embed: Tensor) -> Tensor:
+        """Return logits (…, S·K) from h and the projected embedding."""
+        weight = self.first.linear.weight[:, : self.deter]
+        hidden = nn.functional.linear(deter, weight) + embed
+        hidden = nn.functional.silu(self.first.norm(hidden))
+        return self.logits(self.rest(hidden))
+
+
+class RSSM(nn.Module):
+    """The world model's dynamics, from any recurrent core and any latent distribution."""
+
+    def __init__(
+        self,
+        core: BlockGRU,
+        latent: OneHotLatent,
+        embed: int,
+        hidden: int,
+        prior_layers: int,
+        post_layers: int,
+    ) -> None:
+        super().__init__()
+        self.core, self.latent = core, latent
+        outputs = latent.stats_size
+        self.prior_net = nn.Sequential(
+            MLP(core.deter, prior_layers, hidden), Linear(hidden if prior_layers else core.deter, outputs)
+        )
+        self.posterior = Posterior(core.deter, embed, post_layers, hidden, outputs)
+
+    def initial(self, batch_size: int) -> State:
+        """Return zeros for every member of the batch."""
+        device = self.prior_net[1].weight.device
+        deter = torch.zeros(batch_size, self.core.deter, device=device)
+        return State(deter, torch.zeros(batch_size, *self.latent.shape, device=device))
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Return the prior's logits (…, S·K) from (…, D)."""
+        return self.prior_net(deter)
+
+    def observe(
+        self, embed: Tensor, prev_action: Tensor, is_first: Tensor, state: State
+    ) -> tuple[State, Tensor]:
+        """Filter a window: mask at first → core → posterior, for every step.
+
+        Args:
+            embed: (B, T, E).
+            prev_action: (B, T, A) flat, the action that led to each step.
+            is_first: (B, T) bool; there the previous state and action are masked.
+            state: the latent before the window.
+
+        Returns:
+            The posterior states (B, T, …) with straight-through gradients, and the posterior's
+            logits (B, T, S·K).
+        """
+        keep = (~is_first).float()[..., None]  # (B, T, 1)
+        actions = self.core.project_action(prev_action * keep).unbind(1)
+        embeds = self.posterior.project_embed(embed).unbind(1)
+        deters, stochs, logits = [], [], []
+        deter, stoch = state
+        stoch = stoch.flatten(1)
+        for action, observed, mask in zip(actions, embeds, keep.unbind(1), strict=True):
+            deter, stoch, stats = self.observe_step(deter, stoch, action, observed, mask)
+            deters.append(deter)
+            stochs.append(stoch)
+            logits.append(stats)
+        stacked = torch.stack(stochs, 1).unflatten(-1, self.latent.shape)
+        return State(torch.stack(deters, 1), stacked), torch.stack(logits, 1)
+
+    def observe_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, embed: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (deter (B, D), flat stoch (B, S·K), logits) after one masked posterior step."""
+        deter = self.core(deter * keep, stoch * keep, action)
+        stats = self.posterior(deter, embed)
+        return deter, self.latent.sample(stats).flatten(1), stats
+
+    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (deter (N, D), flat stoch (N, S·K)) after one prior step with a flat action (N, A)."""
+        deter = self.core(deter, stoch, self.core.project_action(action))
+        return deter, self.latent.sample(self.prior(deter)).flatten(1)

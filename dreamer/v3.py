@@ -1,0 +1,221 @@
+"""DreamerV3 as published in Nature (2025) and arXiv:2301.04104v2."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dreamer import ops
+from dreamer.actor import ActionCodec, Actor
+from dreamer.agent import Agent, Group, Losses, Metrics, Rollout, Trajectory
+from dreamer.batch import Batch
+from dreamer.config import AgentConfig
+from dreamer.core import BlockGRU
+from dreamer.decoder import Decoder
+from dreamer.encoder import Encoder
+from dreamer.heads import BernoulliHead, TwoHot, TwoHotHead
+from dreamer.latent import OneHotLatent
+from dreamer.normalize import PercentileScale
+from dreamer.optim import LaProp
+from dreamer.rssm import RSSM, State
+from dreamer.spaces import ActionSpace, ObsSpace
+
+
+class DreamerV3(Agent):
+    """World model, actor and critic under one optimiser; REINFORCE for every action type."""
+
+    def __init__(self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
+        super().__init__(config, obs_space, action_space)
+        for name, part in self.policy_parts(config, obs_space, action_space).items():
+            self.add_module(name, part)
+        deter, stoch = config.rssm.deter, self.rssm.latent.size
+        feature = deter + stoch
+        self.decoder = Decoder(obs_space, config.decoder, deter, stoch)
+        self.reward = TwoHotHead(
+            feature, config.reward.layers, config.reward.units, config.reward.outscale,
+            config.reward.bins,
+        )  # fmt: skip
+        self.cont = BernoulliHead(
+            feature, config.cont.layers, config.cont.units, config.cont.outscale
+        )
+        self.critic = TwoHotHead(
+            feature, config.critic.layers, config.critic.units, config.critic.outscale,
+            config.critic.bins,
+        )  # fmt: skip
+        trained = list(self.parameters())
+        # A copy, made after initialisation: both critics start equal.
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        rule = config.behaviour
+        self.return_scale = PercentileScale(
+            rate=rule.return_rate,
+            low=rule.return_low,
+            high=rule.return_high,
+            limit=rule.return_limit,
+        )
+        optim = config.optim
+        self.optimiser = LaProp(
+            trained,
+            lr=optim.lr,
+            warmup=optim.warmup,
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            agc=optim.agc,
+            agc_floor=optim.agc_floor,
+        )
+        self._trained = tuple(trained)
+
+    @staticmethod
+    def policy_parts(
+        config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace
+    ) -> dict[str, nn.Module]:
+        """Return the encoder, RSSM and actor with fresh parameters."""
+        encoder, rssm = Encoder(obs_space, config.encoder), config.rssm
+        latent = OneHotLatent(rssm.stoch, rssm.classes, rssm.unimix)
+        action = ActionCodec(action_space).size
+        core = BlockGRU(rssm.deter, latent.size, action, rssm.hidden, rssm.blocks)
+        dynamics = RSSM(
+            core, latent, encoder.outputs, rssm.hidden, rssm.prior_layers, rssm.post_layers
+        )
+        actor = Actor(rssm.deter + latent.size, action_space, config.actor)
+        return {"encoder": encoder, "rssm": dynamics, "actor": actor}
+
+    @property
+    def discount(self) -> float:
+        """γ = 1 − 1 / horizon."""
+        return 1.0 - 1.0 / self.config.behaviour.discount_horizon
+
+    def model_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
+        """Return Eq. 2–4: reconstruction, reward, continuation, dynamics and representation."""
+        states, latent = rollout.states, self.rssm.latent
+        feature = states.feature()
+        # Reconstruction of every key, each a loss of its own under one scale.
+        predicted = self.decoder(states.deter, states.stoch.flatten(2))
+        keys = self.decoder.losses(predicted, batch.obs)
+        losses = {"rec": torch.stack(list(keys.values())).sum(0)}
+        # The discount is inside the continuation: its target is γ or 0.
+        losses["rew"] = self.reward(feature).loss(batch.reward)
+        losses["con"] = self.cont(feature).loss(self.discount * (~batch.is_terminal).float())
+        dyn = latent.kl(rollout.post.detach(), rollout.prior)
+        rep = latent.kl(rollout.post, rollout.prior.detach())
+        losses["dyn"] = ops.free_nats_per_element(dyn, self.config.free_nats)
+        losses["rep"] = ops.free_nats_per_element(rep, self.config.free_nats)
+        for name, value in losses.items():
+            assert value.shape == batch.reward.shape, (name, value.shape)
+        metrics = {f"loss/rec_{key}": value.detach().mean() for key, value in keys.items()}
+        metrics["kl_nats/dyn"] = dyn.detach().mean()
+        metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
+        metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
+        return losses, metrics
+
+    @torch.no_grad()
+    def imagine(self, rollout: Rollout) -> Trajectory:
+        """Roll the policy through the prior from every replayed state."""
+        start = rollout.states.detach().flatten()
+        deter, stoch = start.deter, start.stoch.flatten(1)
+        deters, stochs, actions = [deter], [stoch], []
+        for _ in range(self.config.behaviour.imag_horizon):
+            action = self.actor(torch.cat([deter, stoch], -1)).sample()
+            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
+            deters.append(deter)
+            stochs.append(stoch)
+            actions.append(action)
+        # The action in the last state has no successor: it only completes the shape.
+        actions.append(torch.zeros_like(actions[0]))
+        states = torch.stack(stochs, 1).unflatten(-1, self.rssm.latent.shape)
+        return Trajectory(State(torch.stack(deters, 1), states), torch.stack(actions, 1))
+
+    def behaviour_losses(
+        self, batch: Batch, rollout: Rollout, trajectory: Trajectory
+    ) -> tuple[Losses, Metrics]:
+        """Return Eq. 5–7: actor, critic in imagination, critic on replay."""
+        rule = self.config.behaviour
+        feature = trajectory.states.feature()
+        critic = self.critic(feature)
+        with torch.no_grad():
+            value, slow = critic.mean(), self.slow_critic(feature).mean()
+            reward, live = self.reward(feature).mean(), self.cont(feature).mean()
+            weight = ops.cumulative_weight(live, 1.0)[:, :-1]
+            returns = ops.lambda_return_next(reward, value, live, rule.lambda_)
+            scale = self.return_scale.update(returns)
+            advantage = (returns - value[:, :-1]) / scale
+        # Actor
+        policy = self.actor(feature[:, :-1])
+        entropy = policy.entropy()
+        log_prob = policy.log_prob(trajectory.actions[:, :-1])
+        losses = {"policy": -weight * (log_prob * advantage + rule.entropy * entropy)}
+        # Critic
+        losses["value"] = weight * self._regress(critic.without_last(), returns, slow[:, :-1])
+        losses["repval"] = self._replay_critic_loss(batch, rollout, returns[:, 0])
+        metrics = {
+            "entropy_nats": entropy.detach().mean(),
+            "return_percentile/5": self.return_scale.low.clone(),
+            "return_percentile/95": self.return_scale.high.clone(),
+            "return_mean": returns.mean(),
+            "return_scale": scale,
+            "value_mean": value.mean(),
+            "imagined_reward": reward.mean(),
+            "imagined_cont": live.mean(),
+            "advantage_abs": advantage.abs().mean(),
+        }
+        return losses, metrics
+
+    def _regress(self, critic: TwoHot, returns: Tensor, slow: Tensor) -> Tensor:
+        """Cross-entropy to the returns, and to the slow critic's mean as a regulariser."""
+        weight = self.config.behaviour.slow_regulariser
+        return critic.loss(returns) + weight * critic.loss(slow)
+
+    def _replay_critic_loss(self, batch: Batch, rollout: Rollout, imagined: Tensor) -> Tensor:
+        """Return the critic loss on replayed rewards (B, T−1), with gradient into the model.
+
+        Bootstraps and interpolates with the return imagined from each replayed state, and cuts
+        the trace where an episode ends for any reason.
+        """
+        boot = imagined.reshape(batch.reward.shape)
+        goes_on = (~batch.is_last).float()
+        live = self.discount * (~batch.is_terminal).float()
+        trace = self.config.behaviour.lambda_ * goes_on
+        returns = ops.lambda_return_next(batch.reward, boot, live, trace)
+        feature = rollout.states.feature()[:, :-1]
+        with torch.no_grad():
+            slow = self.slow_critic(feature).mean()
+        return goes_on[:, :-1] * self._regress(self.critic(feature), returns, slow)
+
+    def groups(self) -> list[Group]:
+        """Return one group: every loss moves every part that its gradient reaches."""
+        names = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
+        return [Group(names, list(self._trained), self.optimiser)]
+
+    @torch.no_grad()
+    def update_slow(self) -> None:
+        """Move the slow critic towards the fast one."""
+        torch._foreach_lerp_(
+            list(self.slow_critic.parameters()),
+            list(self.critic.parameters()),
+            self.config.behaviour.slow_rate,
+        )
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return {image key: (truth, model)}, each (B, T, h, w, c) in [0, 1].
+
+        The model sees ``context`` frames, then imagines the rest under the recorded actions.
+        """
+        embed = self.encoder(batch.obs)
+        keys = {key for keys in self.decoder.groups.values() for key in keys}
+        seen, _ = self.rssm.observe(
+            embed[:, :context],
+            batch.prev_action[:, :context],
+            batch.is_first[:, :context],
+            batch.initial,
+        )
+        deter, stoch = seen.deter[:, -1], seen.stoch[:, -1].flatten(1)
+        deters, stochs = list(seen.deter.unbind(1)), list(seen.stoch.flatten(2).unbind(1))
+        for action in batch.prev_action[:, context:].unbind(1):
+            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
+            deters.append(deter)
+            stochs.append(stoch)
+        model = self.decoder.images(torch.stack(deters, 1), torch.stack(stochs, 1))
+        return {key: (batch.obs[key].float() / 255.0, model[key]) for key in sorted(keys)}
