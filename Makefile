@@ -1,0 +1,58 @@
+# Run `make` to see what there is. Every target uses the virtual environment in .venv and makes it
+# first where it is missing; it is made again when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+RUN_STAMP := $(VENV)/.run-$(LOCK)
+DEV_STAMP := $(VENV)/.dev-$(LOCK)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CODE := dreamer replay_service actors learner deploy benchmarks tests
+TEST_ARGS ?=
+PRESET ?= v3-cartpole
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint type test-fast bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(DEV_STAMP) ## install everything for development into .venv
+
+# A development installation can train too; anything less installs only what a run needs.
+train: $(if $(wildcard $(DEV_STAMP)),$(DEV_STAMP),$(RUN_STAMP)) ## train DreamerV3 on CartPole (PRESET=… ARGS="--steps 5000" to change it)
+	$(BIN)/dreamfleet train --preset $(PRESET) $(ARGS)
+
+test: setup lint type ## everything that CI runs: lint, types, all tests
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(DEV_STAMP) ## style and formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+type: $(DEV_STAMP) ## static types
+	$(BIN)/mypy
+
+test-fast: $(DEV_STAMP) ## the tests that need neither other processes nor long training
+	$(BIN)/python -m pytest -m "not integration and not learning and not faults and not slow" $(TEST_ARGS)
+
+bench: $(DEV_STAMP) ## measure learner, replay, actors and the whole pipeline (ARGS="learner --json out.json")
+	$(BIN)/dreamfleet bench $(or $(ARGS),all)
+
+clean: ## remove the virtual environment and all caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dreamfleet needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): | $(BIN)/python
+	$(PIP) -e .
+	@rm -f $(VENV)/.run-* && touch $@
+
+$(DEV_STAMP): | $(BIN)/python
+	$(PIP) -e '.[atari,dmc,crafter,minigrid,dev]'
+	@rm -f $(VENV)/.dev-* $(VENV)/.run-* && touch $@ $(RUN_STAMP)
