@@ -1,0 +1,105 @@
+"""Durable experience replay: exactly-once inserts, a train-ratio account, and fast local windows.
+
+Importing this package loads neither torch nor ray; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
+    from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
+    from replay_service.config import Limits, ReplayConfig
+    from replay_service.errors import (
+        ChunkError,
+        ReplayAuthError,
+        ReplayClosed,
+        ReplayConfigError,
+        ReplayEmpty,
+        ReplayError,
+        ReplayFenced,
+        ReplayFull,
+        ReplaySchemaError,
+        ReplayTimeout,
+        ReplayUnavailable,
+    )
+    from replay_service.limiter import CreditLimiter, plan_limits
+    from replay_service.memory import MemoryPlan, estimate_memory
+    from replay_service.mirror import EpisodeEvent, Mirror
+    from replay_service.schema import Column, Schema
+    from replay_service.server import EmbeddedServer
+    from replay_service.writer import ChunkWriter, Uploader, UploadStats
+
+_HOMES = {
+    "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
+    "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
+    "config": ("Limits", "ReplayConfig"),
+    "errors": (
+        "ChunkError",
+        "ReplayAuthError",
+        "ReplayClosed",
+        "ReplayConfigError",
+        "ReplayEmpty",
+        "ReplayError",
+        "ReplayFenced",
+        "ReplayFull",
+        "ReplaySchemaError",
+        "ReplayTimeout",
+        "ReplayUnavailable",
+    ),
+    "limiter": ("CreditLimiter", "plan_limits"),
+    "memory": ("MemoryPlan", "estimate_memory"),
+    "mirror": ("EpisodeEvent", "Mirror"),
+    "schema": ("Column", "Schema"),
+    "server": ("EmbeddedServer",),
+    "writer": ("ChunkWriter", "UploadStats", "Uploader"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ChunkError",
+    "Chunk",
+    "ChunkWriter",
+    "Column",
+    "CreditLimiter",
+    "EmbeddedServer",
+    "EpisodeEvent",
+    "EpisodeSummary",
+    "InsertReply",
+    "Limits",
+    "LogEntry",
+    "MemoryPlan",
+    "Mirror",
+    "ReplayAuthError",
+    "ReplayClient",
+    "ReplayClosed",
+    "ReplayConfig",
+    "ReplayConfigError",
+    "ReplayEmpty",
+    "ReplayError",
+    "ReplayFenced",
+    "ReplayFull",
+    "ReplaySchemaError",
+    "ReplayStats",
+    "ReplayTimeout",
+    "ReplayUnavailable",
+    "Schema",
+    "UploadStats",
+    "Uploader",
+    "decode_chunk",
+    "encode_chunk",
+    "estimate_memory",
+    "plan_limits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

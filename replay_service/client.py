@@ -1,0 +1,441 @@
+"""Calls to one replay server: typed replies, typed errors, and a deadline on every call."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from replay_service.chunk import max_blob_bytes
+from replay_service.config import Limits
+from replay_service.errors import (
+    ReplayAuthError,
+    ReplayConfigError,
+    ReplayError,
+    ReplayFenced,
+    ReplayFull,
+    ReplaySchemaError,
+    ReplayTimeout,
+    ReplayUnavailable,
+)
+from replay_service.schema import Schema
+
+log = logging.getLogger(__name__)
+
+LIBRARY = "dreamfleet_replay"
+MIN_VERSION = (7, 0)
+PAYLOAD_TTL_S = 600
+_QUARANTINE_ENTRIES = 100
+_QUARANTINE_BYTES = 1024
+
+InsertCode = Literal["OK", "DUP", "GAP", "WAIT", "SCHEMA", "TOOBIG", "NOPAYLOAD", "NONE"]
+
+
+class InsertReply(NamedTuple):
+    """Answer to an insert: a code and its numbers (see `replay_insert` in functions.lua)."""
+
+    code: InsertCode
+    values: tuple[Any, ...]
+
+
+class LogEntry(NamedTuple):
+    """One committed chunk as the log lists it."""
+
+    entry_id: str
+    key: str
+    steps: int
+    size_bytes: int
+    sid: str
+    seq: int
+    position: int
+    """Steps that had been inserted before this chunk."""
+
+    @property
+    def number(self) -> int:
+        """Ordinal of the chunk among all that were committed."""
+        return int(self.entry_id.partition("-")[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayStats:
+    """Counters of one server, read at one instant."""
+
+    inserted_steps: int
+    size_steps: int
+    size_bytes: int
+    chunks: int
+    evicted_steps: int
+    committed_chunks: int
+    replayed_steps: int
+    budget_steps: int
+    fence: int
+    epoch: int
+    capacity_steps: int
+    capacity_bytes: int
+    min_size_steps: int
+
+    @property
+    def insert_credit_steps(self) -> int | None:
+        """Steps that may still be inserted, or None below the minimum size (no bound yet)."""
+        if self.size_steps < self.min_size_steps:
+            return None
+        return max(self.budget_steps - self.inserted_steps, 0)
+
+
+_STATS_FIELDS = {
+    "inserted_steps": "inserted",
+    "size_steps": "size",
+    "size_bytes": "bytes",
+    "chunks": "chunks",
+    "evicted_steps": "evicted",
+    "committed_chunks": "committed",
+    "replayed_steps": "sampled",
+    "budget_steps": "budget",
+    "fence": "fence",
+    "epoch": "epoch",
+    "capacity_steps": "cap_steps",
+    "capacity_bytes": "cap_bytes",
+    "min_size_steps": "min_size",
+}
+
+
+class ReplayClient:
+    """A connection pool to one replay server.
+
+    Guarantees:
+        1. Every call ends within about `timeout_s`, with a result or a `ReplayError`.
+        2. Nothing is retried behind the caller's back; every mutating call can be repeated safely.
+        3. Safe to use from several threads.
+        4. No message or representation contains the password of the address.
+
+    Args:
+        url: ``unix:///path``, ``redis://host:port`` or ``rediss://…``.
+        shard: number of the shard, part of every key.
+        timeout_s: deadline of one call.
+    """
+
+    def __init__(self, url: str, *, shard: int = 0, timeout_s: float = 5.0) -> None:
+        self.url = url
+        self.shard = shard
+        self.timeout_s = timeout_s
+        self.address = _without_password(url)
+        self._redis = _connect(url, timeout_s, timeout_s)
+        tag = f"{{rp{shard}}}"
+        self._prefix = tag
+        self._meta, self._log = f"{tag}:meta", f"{tag}:log"
+        self._seq, self._dead = f"{tag}:seq", f"{tag}:dead"
+
+    def __repr__(self) -> str:
+        return f"ReplayClient({self.address!r}, shard={self.shard})"
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._redis.close()
+
+    def check(self) -> str:
+        """Check that a usable server answers, within the deadline, and return its version.
+
+        Raises:
+            ReplayAuthError, ReplayUnavailable, ReplayTimeout: as their names say.
+            ReplayConfigError: if it is no Redis-protocol server, or too old a one.
+        """
+        # Connecting and the first answer may each stall: together they must keep the deadline.
+        probe = _connect(self.url, self.timeout_s * 0.45, self.timeout_s * 0.45)
+        try:
+            info: dict[str, Any] = probe.info("server")
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.address) from error
+        finally:
+            probe.close()
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
+            raise ReplayConfigError(
+                f"the server at {self.address} is version {version}; replay needs Redis 7.0 or "
+                "newer, or any Valkey"
+            )
+        return version
+
+    def create(self, schema: Schema, limits: Limits) -> bool:
+        """Create the replay, or update the limits of the one that exists.
+
+        Args:
+            schema: the columns; must equal those of an existing replay.
+            limits: what the server enforces. Its budget only counts for a new replay.
+
+        Returns:
+            Whether the replay is new.
+
+        Raises:
+            ReplaySchemaError: if the server holds a replay with other columns, naming them.
+            Others as in `check`.
+        """
+        self.check()
+        self._load_library()
+        reply = self._fcall(
+            "replay_create",
+            [self._meta],
+            schema.hash.hex(),
+            json.dumps(schema.to_dict()),
+            limits.capacity_steps,
+            limits.capacity_bytes,
+            limits.min_size_steps,
+            limits.budget_steps,
+            limits.max_chunk_steps,
+            max_blob_bytes(schema, limits.max_chunk_steps),
+        )
+        if reply[0] == b"SCHEMA":
+            raise self.schema_error(schema, reply[1])
+        return bool(reply[1])
+
+    def schema(self) -> Schema:
+        """Read the schema of the replay on this server.
+
+        Raises:
+            ReplayUnavailable: if there is none.
+        """
+        text = self._command("HGET", self._meta, "schema_text")
+        if text is None:
+            raise self._missing()
+        return Schema.from_dict(json.loads(text))
+
+    def schema_error(self, schema: Schema, stored_text: bytes) -> ReplaySchemaError:
+        """Build the error that names how `schema` differs from the one on the server."""
+        stored = Schema.from_dict(json.loads(stored_text))
+        return ReplaySchemaError(
+            f"the replay at {self.address} holds other columns than this program: "
+            f"{stored.difference(schema)}; use another run directory or server, or the "
+            "configuration that the replay was made with"
+        )
+
+    def open_stream(self, stream: str, at_least: int = 0) -> int:
+        """Return an incarnation of `stream` that no other writer has or will get."""
+        reply = self._fcall("replay_open", [self._meta, self._seq], stream, at_least)
+        return int(reply[1])
+
+    def close_stream(self, sid: str, last_seq: int) -> None:
+        """Say that no more chunks of this stream will come, so that it can be forgotten."""
+        self._fcall("replay_close", [self._seq, self.payload_key(sid, last_seq)], sid)
+
+    def insert(
+        self, schema: Schema, sid: str, seq: int, steps: int, blob: bytes, *, send: bool = True
+    ) -> InsertReply:
+        """Insert one encoded chunk; repeating the call has no further effect.
+
+        Args:
+            schema: the columns it was encoded for.
+            sid: stream with its incarnation.
+            seq: number of the chunk within the stream, from 1.
+            steps: records in it.
+            blob: the encoded chunk.
+            send: False to commit a payload that the server already has.
+
+        Raises:
+            ReplayFull: if the server is out of memory. Others as in `check`.
+        """
+        key = self.payload_key(sid, seq)
+        pipe = self._redis.pipeline(transaction=False)
+        if send:
+            # An existing payload is either this one or committed: neither may be replaced.
+            pipe.execute_command("SET", key, blob, "EX", PAYLOAD_TTL_S, "NX")
+        keys = (self._meta, self._log, self._seq, key)
+        arguments = (schema.hash.hex(), sid, seq, steps, len(blob))
+        pipe.execute_command("FCALL", "replay_insert", len(keys), *keys, *arguments)
+        try:
+            results = pipe.execute(raise_on_error=False)
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.address) from error
+        for result in results:
+            if isinstance(result, redis.exceptions.RedisError):
+                raise translate(result, self.address) from result
+        code, *values = results[-1]
+        return InsertReply(code.decode(), tuple(values))
+
+    def acquire_fence(self) -> int:
+        """Return a number above every earlier one; older learners can no longer settle."""
+        reply = self._fcall("replay_fence", [self._meta])
+        if reply[0] == b"NONE":
+            raise self._missing()
+        return int(reply[1])
+
+    def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> tuple[int, int]:
+        """Publish how much has been replayed, and how many inserts that pays for.
+
+        Args:
+            fence: from `acquire_fence`.
+            replayed_steps: total since the start; smaller values than before are ignored.
+            budget_steps: total of inserted steps that may be reached.
+
+        Returns:
+            Inserted steps and size in steps, as the server counts them.
+
+        Raises:
+            ReplayFenced: if a newer fence exists.
+        """
+        reply = self._fcall("replay_settle", [self._meta], fence, replayed_steps, budget_steps)
+        if reply[0] == b"FENCED":
+            raise ReplayFenced(
+                f"fence {fence} was replaced by {int(reply[1])}: another learner runs"
+            )
+        if reply[0] == b"NONE":
+            raise self._missing()
+        return int(reply[1]), int(reply[2])
+
+    def stats(self) -> ReplayStats:
+        """Read all counters at one instant."""
+        flat = self._fcall("replay_stats", [self._meta])
+        values = dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
+        if not values:
+            raise self._missing()
+        return ReplayStats(**{name: int(values[key]) for name, key in _STATS_FIELDS.items()})
+
+    def evict(self, size_steps: int, size_bytes: int, max_chunks: int = 1024) -> int:
+        """Drop the oldest chunks until both sizes hold; works on a server without memory left.
+
+        Returns:
+            Steps that were dropped (at most `max_chunks` chunks per call).
+        """
+        keys = [self._meta, self._log, self._seq]
+        return int(self._fcall("replay_evict", keys, size_steps, size_bytes, max_chunks)[2])
+
+    def last_log_id(self) -> str | None:
+        """Return the id of the newest log entry, or None for an empty log."""
+        newest = self._command("XREVRANGE", self._log, "+", "-", "COUNT", 1)
+        return _entry(newest[0]).entry_id if newest else None
+
+    def read_log(self, after: str, count: int, block_s: float) -> list[LogEntry]:
+        """Read up to `count` entries that follow the id `after`.
+
+        Blocks up to `block_s` while there are none, and then returns an empty list.
+        """
+        assert block_s < self.timeout_s, (block_s, self.timeout_s)
+        wait_ms = max(int(block_s * 1000), 1)
+        words = ("XREAD", "COUNT", count, "BLOCK", wait_ms, "STREAMS", self._log, after)
+        reply = self._command(*words)
+        if not reply:
+            return []
+        rows = reply[self._log.encode()] if isinstance(reply, dict) else reply[0][1]
+        return [_entry(row) for row in rows]
+
+    def fetch(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the payloads of these keys, None where it has been evicted."""
+        payloads: list[bytes | None] = self._command("MGET", *keys)
+        return payloads
+
+    def quarantine(self, entry: LogEntry, blob: bytes, reason: str) -> None:
+        """Keep the beginning of a rejected chunk and the reason for later inspection."""
+        fields = {
+            "s": entry.sid,
+            "q": entry.seq,
+            "reason": reason,
+            "head": blob[:_QUARANTINE_BYTES],
+        }
+        words = [word for pair in fields.items() for word in pair]
+        self._command("XADD", self._dead, "MAXLEN", "~", _QUARANTINE_ENTRIES, "*", *words)
+
+    def payload_key(self, sid: str, seq: int) -> str:
+        """Return the key under which the server keeps a chunk."""
+        return f"{self._prefix}:c:{sid}:{seq}"
+
+    def _load_library(self) -> None:
+        # Loading again would needlessly look like a restart of the server to every stream.
+        code = resources.files("replay_service").joinpath("functions.lua").read_text()
+        known = self._command("FUNCTION", "LIST", "LIBRARYNAME", LIBRARY, "WITHCODE")
+        if not known or code.encode() not in _leaves(known):
+            self._command("FUNCTION", "LOAD", "REPLACE", code)
+
+    def _fcall(self, name: str, keys: list[str], *arguments: int | str) -> Any:
+        return self._command("FCALL", name, len(keys), *keys, *arguments)
+
+    def _command(self, *words: Any) -> Any:
+        try:
+            return self._redis.execute_command(*words)
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.address) from error
+
+    def _missing(self) -> ReplayUnavailable:
+        return ReplayUnavailable(f"no replay has been created on {self.address} yet")
+
+
+def translate(error: Exception, address: str) -> ReplayError:
+    """Turn an error of the Redis library into one of ours."""
+    kinds = redis.exceptions
+    if isinstance(error, (kinds.AuthenticationError, kinds.NoPermissionError)) or "NOAUTH" in str(
+        error
+    ):
+        return ReplayAuthError(
+            f"the server at {address} refuses these credentials: check user and password"
+        )
+    if isinstance(error, kinds.TimeoutError):
+        return ReplayTimeout(f"the server at {address} did not answer in time")
+    if isinstance(error, kinds.BusyLoadingError):
+        return ReplayUnavailable(f"the server at {address} is loading its data")
+    if isinstance(error, kinds.InvalidResponse) or "Protocol error" in str(error):
+        return ReplayConfigError(f"what answers at {address} does not speak the Redis protocol")
+    if isinstance(error, kinds.OutOfMemoryError) or "OOM" in str(error):
+        return ReplayFull(f"the server at {address} has reached its memory limit")
+    if "Function not found" in str(error):
+        return ReplayUnavailable(f"no replay has been created on {address} yet")
+    if "unknown command" in str(error).lower():
+        return ReplayConfigError(
+            f"the server at {address} lacks a command of Redis 7.0 that replay needs: {error}"
+        )
+    return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
+
+
+def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redis:
+    try:
+        return redis.Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=connect_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            driver_info=None,
+            lib_name=None,
+            lib_version=None,
+        )
+    except (ValueError, redis.exceptions.RedisError) as error:
+        raise ReplayConfigError(
+            f"{_without_password(url)!r} is not an address of a server: use "
+            "unix:///path/to/socket, redis://host:port or rediss://host:port"
+        ) from error
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _entry(row: Any) -> LogEntry:
+    entry_id, fields = row
+    if not isinstance(fields, dict):
+        fields = dict(zip(fields[::2], fields[1::2], strict=True))
+    return LogEntry(
+        entry_id=entry_id.decode(),
+        key=fields[b"k"].decode(),
+        steps=int(fields[b"n"]),
+        size_bytes=int(fields[b"b"]),
+        sid=fields[b"s"].decode(),
+        seq=int(fields[b"q"]),
+        position=int(fields[b"g"]),
+    )
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Flatten a nested reply, whose form differs between protocol and server versions."""
+    if isinstance(value, dict):
+        return [leaf for pair in value.items() for part in pair for leaf in _leaves(part)]
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]

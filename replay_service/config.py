@@ -1,0 +1,89 @@
+"""What the user may choose about replay, and the limits that follow for one server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from replay_service.chunk import MAX_CHUNK_STEPS
+from replay_service.errors import ReplayConfigError
+
+GIB = 1024**3
+UNLIMITED_BUDGET = 2**52
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Size, transport and placement of the replay."""
+
+    capacity_steps: int = 1_000_000
+    """Steps that are kept, the oldest go first."""
+    chunk_steps: int = 64
+    """Steps per chunk (16 to 1024 for training; smaller only in tests)."""
+    flush_age_s: float = 2.0
+    """Seconds after which a partly filled chunk is sent at the next step; inf turns it off."""
+    codec: Literal["auto", "zstd", "zlib", "raw"] = "auto"
+    """Compression of chunks; auto decides per chunk."""
+    min_size_steps: int = 1024
+    """Steps that must be there before training starts."""
+    tolerance_steps: int | None = None
+    """Replayed steps by which the train ratio's account may lead or lag; None = the larger of four
+    batches and two chunks' worth of replayed steps."""
+    redis_memory_bytes: int = 4 * GIB
+    """Memory limit of the Redis-protocol server; the log uses at most three quarters of it."""
+    resend_chunks: int = 32
+    """Acknowledged chunks that a writer keeps per stream in case the server forgets them."""
+    pending_chunks: int = 2
+    """Unacknowledged chunks per stream at which a writer waits."""
+    placement: Literal["auto", "cuda", "ram", "disk"] = "auto"
+    """Where the learner's decoded copy lives; auto takes the first of these that fits."""
+    page_steps: int = 64
+    """Steps per page of that copy."""
+    online: bool = True
+    """Train on every new window once, newest first, before drawing uniformly."""
+
+    def __post_init__(self) -> None:
+        _require_range("capacity_steps", self.capacity_steps, 1, 10**10)
+        _require_range("chunk_steps", self.chunk_steps, 1, MAX_CHUNK_STEPS)
+        _require_range("page_steps", self.page_steps, 1, 4096)
+        _require_range("min_size_steps", self.min_size_steps, 1, self.capacity_steps)
+        _require_range("redis_memory_bytes", self.redis_memory_bytes, 2**20, 2**50)
+        _require_range("resend_chunks", self.resend_chunks, 1, 100_000)
+        _require_range("pending_chunks", self.pending_chunks, 1, 100_000)
+        if not self.flush_age_s > 0:
+            raise ReplayConfigError(f"flush_age_s is {self.flush_age_s}, expected a time above 0")
+        if self.tolerance_steps is not None:
+            _require_range("tolerance_steps", self.tolerance_steps, 1, 2**50)
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of chunks that the server keeps: three quarters of its memory."""
+        return self.redis_memory_bytes * 3 // 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one server enforces."""
+
+    capacity_steps: int
+    """Steps above which the oldest chunks are evicted."""
+    capacity_bytes: int
+    """Bytes of chunks above which the oldest chunks are evicted."""
+    min_size_steps: int = 1
+    """Inserts are always admitted below this size."""
+    budget_steps: int = UNLIMITED_BUDGET
+    """Inserted steps admitted until the first settlement (a later one replaces it)."""
+    max_chunk_steps: int = MAX_CHUNK_STEPS
+    """Longest chunk that is accepted."""
+
+    def __post_init__(self) -> None:
+        _require_range("capacity_steps", self.capacity_steps, 1, 2**50)
+        _require_range("capacity_bytes", self.capacity_bytes, 1, 2**50)
+        _require_range("min_size_steps", self.min_size_steps, 1, self.capacity_steps)
+        _require_range("budget_steps", self.budget_steps, 0, 2**53)
+        _require_range("max_chunk_steps", self.max_chunk_steps, 1, MAX_CHUNK_STEPS)
+
+
+def _require_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ReplayConfigError(f"{name} is {value}, expected {low} to {high}")

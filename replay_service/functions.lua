@@ -1,0 +1,203 @@
+#!lua name=dreamfleet_replay
+
+-- Scripts are isolated but never rolled back: every function checks everything before it writes.
+--
+-- Keys of one shard share a hash tag, for example {rp0}:
+--   meta     hash    schema, limits, counters, budget, fence, epoch
+--   log      stream  one entry per committed chunk, id <epoch>-<number of the chunk>
+--   seq      hash    stream -> last committed sequence number, with a trailing "c" once closed
+--   payload  string  the encoded chunk; expires by itself until it is committed
+
+-- False again after every load, restart or promotion, which no client could tell reliably.
+local booted = {}
+
+local EVICT_CHUNKS = 8
+
+local function int(value)
+  return tonumber(value) or 0
+end
+
+local function whole(value)
+  return string.format('%.0f', value)
+end
+
+-- Log ids must keep growing even if a restart has lost the end of the log.
+local function ensure_epoch(meta)
+  if booted[meta] then return end
+  local epoch = math.max(int(redis.call('HGET', meta, 'epoch')) + 1,
+                         int(redis.call('TIME')[1]))
+  redis.call('HSET', meta, 'epoch', whole(epoch))
+  booted[meta] = true
+end
+
+local function fields(entry)
+  local result = {}
+  for i = 1, #entry, 2 do result[entry[i]] = entry[i + 1] end
+  return result
+end
+
+-- Forget a closed stream together with its last chunk, else the hash would grow for ever.
+local function forget_closed(seqs, sid, seq)
+  if redis.call('HGET', seqs, sid) == seq .. 'c' then redis.call('HDEL', seqs, sid) end
+end
+
+-- Drop whole chunks from the old end until `steps` and `bytes` fit. At most EVICT_CHUNKS, or as
+-- many as free `least` steps, so that lowering a limit never stalls the server.
+local function evict(meta, log, seqs, steps, bytes, least, most)
+  local size = int(redis.call('HGET', meta, 'size'))
+  local held = int(redis.call('HGET', meta, 'bytes'))
+  local freed, freed_bytes, chunks = 0, 0, 0
+  while (size - freed > steps or held - freed_bytes > bytes)
+      and (chunks < most or freed < least) do
+    local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
+    if not oldest then break end
+    local entry = fields(oldest[2])
+    redis.call('UNLINK', entry.k)
+    redis.call('XDEL', log, oldest[1])
+    forget_closed(seqs, entry.s, entry.q)
+    freed = freed + int(entry.n)
+    freed_bytes = freed_bytes + int(entry.b)
+    chunks = chunks + 1
+  end
+  if chunks > 0 then
+    redis.call('HINCRBY', meta, 'size', whole(-freed))
+    redis.call('HINCRBY', meta, 'bytes', whole(-freed_bytes))
+    redis.call('HINCRBY', meta, 'chunks', whole(-chunks))
+    redis.call('HINCRBY', meta, 'evicted', whole(freed))
+  end
+  return {chunks, freed, freed_bytes}
+end
+
+-- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size,
+-- budget, longest chunk, largest chunk in bytes. Repeating it only updates the limits.
+local function create(keys, args)
+  local meta = keys[1]
+  local known = redis.call('HGET', meta, 'schema')
+  if known and known ~= args[1] then
+    return {'SCHEMA', redis.call('HGET', meta, 'schema_text')}
+  end
+  if not known then
+    booted[meta] = nil
+    redis.call('HSET', meta, 'schema', args[1], 'schema_text', args[2], 'budget', args[6],
+      'fence', 0, 'sampled', 0, 'sampled_fence', 0, 'inserted', 0, 'size', 0, 'bytes', 0,
+      'chunks', 0, 'evicted', 0, 'committed', 0)
+  end
+  redis.call('HSET', meta, 'cap_steps', args[3], 'cap_bytes', args[4], 'min_size', args[5],
+    'max_steps', args[7], 'max_bytes', args[8])
+  ensure_epoch(meta)
+  return {'OK', known and 0 or 1}
+end
+
+-- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes.
+-- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted | SCHEMA text | TOOBIG steps
+-- bytes | NOPAYLOAD | NONE (no replay has been created).
+local function insert(keys, args)
+  local meta, log, seqs, payload = keys[1], keys[2], keys[3], keys[4]
+  local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
+  local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'size', 'min_size',
+    'inserted', 'budget', 'bytes', 'cap_steps', 'cap_bytes', 'committed')
+  if not m[1] then return {'NONE'} end
+  if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
+
+  local last = int((string.gsub(redis.call('HGET', seqs, sid) or '0', 'c', '')))
+  if seq <= last then return {'DUP', last} end
+  if seq ~= last + 1 then return {'GAP', last} end
+
+  if steps < 1 or steps > int(m[2]) or bytes > int(m[3]) or bytes > int(m[10])
+      or steps > int(m[9]) then
+    return {'TOOBIG', math.min(int(m[2]), int(m[9])), math.min(int(m[3]), int(m[10]))}
+  end
+  local size, inserted, budget = int(m[4]), int(m[6]), int(m[7])
+  if size >= int(m[5]) and inserted + steps > budget then
+    return {'WAIT', budget, inserted}
+  end
+  local stored = redis.call('STRLEN', payload)
+  if stored ~= bytes then
+    -- Left behind by another writer that never committed it; the caller sends its own.
+    if stored > 0 then redis.call('UNLINK', payload) end
+    return {'NOPAYLOAD'}
+  end
+
+  ensure_epoch(meta)
+  evict(meta, log, seqs, int(m[9]) - steps, int(m[10]) - bytes, steps, EVICT_CHUNKS)
+  redis.call('PERSIST', payload)
+  local number = int(m[11]) + 1
+  redis.call('XADD', log, redis.call('HGET', meta, 'epoch') .. '-' .. whole(number),
+    'k', payload, 'n', whole(steps), 'b', whole(bytes), 's', sid, 'q', whole(seq),
+    'g', whole(inserted))
+  redis.call('HSET', seqs, sid, whole(seq))
+  redis.call('HINCRBY', meta, 'size', whole(steps))
+  redis.call('HINCRBY', meta, 'bytes', whole(bytes))
+  redis.call('HINCRBY', meta, 'chunks', 1)
+  redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number))
+  return {'OK', inserted + steps}
+end
+
+-- KEYS meta, seq; ARGV stream name, lowest incarnation wanted.
+-- Returns an incarnation that nobody else has, and closes the one before.
+local function open_stream(keys, args)
+  local meta, seqs = keys[1], keys[2]
+  local field = 'incarnation:' .. args[1]
+  local before = redis.call('HGET', meta, field)
+  local fresh = math.max(int(before) + 1, int(args[2]))
+  redis.call('HSET', meta, field, whole(fresh))
+  if before then
+    local sid = args[1] .. '@' .. before
+    local last = redis.call('HGET', seqs, sid)
+    if last and not string.find(last, 'c') then redis.call('HSET', seqs, sid, last .. 'c') end
+  end
+  return {'OK', fresh}
+end
+
+-- KEYS seq, payload of the stream's last chunk; ARGV stream.
+local function close_stream(keys, args)
+  local seqs, sid = keys[1], args[1]
+  local last = redis.call('HGET', seqs, sid)
+  if not last or string.find(last, 'c') then return {'OK'} end
+  if redis.call('EXISTS', keys[2]) == 1 then
+    redis.call('HSET', seqs, sid, last .. 'c')
+  else
+    redis.call('HDEL', seqs, sid)
+  end
+  return {'OK'}
+end
+
+-- KEYS meta. Returns a fence above every earlier one.
+local function fence(keys)
+  if redis.call('HEXISTS', keys[1], 'schema') == 0 then return {'NONE'} end
+  return {'OK', redis.call('HINCRBY', keys[1], 'fence', 1)}
+end
+
+-- KEYS meta; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
+-- A late or repeated call changes nothing; a new fence may move the account back.
+local function settle(keys, args)
+  local meta = keys[1]
+  local m = redis.call('HMGET', meta, 'schema', 'fence', 'sampled', 'sampled_fence', 'inserted',
+    'size')
+  if not m[1] then return {'NONE'} end
+  if int(args[1]) ~= int(m[2]) then return {'FENCED', int(m[2])} end
+  if int(m[4]) ~= int(args[1]) or int(args[2]) >= int(m[3]) then
+    redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3])
+  end
+  return {'OK', int(m[5]), int(m[6])}
+end
+
+-- KEYS meta.
+local function stats(keys)
+  return redis.call('HGETALL', keys[1])
+end
+
+-- KEYS meta, log, seq; ARGV steps and bytes to shrink to, most chunks to drop.
+local function shrink(keys, args)
+  local gone = evict(keys[1], keys[2], keys[3], int(args[1]), int(args[2]), 0, int(args[3]))
+  return {'OK', gone[1], gone[2], gone[3]}
+end
+
+redis.register_function('replay_insert', insert)
+redis.register_function('replay_open', open_stream)
+redis.register_function('replay_close', close_stream)
+redis.register_function{function_name='replay_create', callback=create, flags={'allow-oom'}}
+redis.register_function{function_name='replay_fence', callback=fence, flags={'allow-oom'}}
+redis.register_function{function_name='replay_settle', callback=settle, flags={'allow-oom'}}
+redis.register_function{function_name='replay_evict', callback=shrink, flags={'allow-oom'}}
+redis.register_function{function_name='replay_stats', callback=stats, flags={'no-writes'}}

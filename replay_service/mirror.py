@@ -1,0 +1,273 @@
+"""The learner's decoded copy of the log, from which windows are sampled without the network."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from replay_service.chunk import Chunk, EpisodeEnd
+from replay_service.client import LogEntry, ReplayClient
+from replay_service.memory import QUEUE_BYTES
+from replay_service.pages import PageIndex, Segment, page_count
+from replay_service.schema import Schema
+from replay_service.tail import Arrival, LogTail
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EpisodeEvent:
+    """An episode that ended, in the order of the log.
+
+    Attributes:
+        env_steps: inserted steps up to and including the chunk that reports it.
+        stream: slot that played it.
+        ret, length, end: see `EpisodeSummary`.
+        version: newest policy (fence, update) that acted in the chunk.
+    """
+
+    env_steps: int
+    stream: str
+    ret: float
+    length: int
+    end: EpisodeEnd
+    version: tuple[int, int]
+
+
+class Mirror:
+    """A paged ring with all columns of the newest steps, filled from the log.
+
+    Guarantees:
+        1. Rows only change inside `absorb`, so windows are never torn. `absorb` and everything
+           about sampling belong to one thread, the learner's.
+        2. A window holds consecutive records of one stream; gaps are never bridged.
+        3. Content is a function of the log: a chunk is placed once, whatever is resent, and a new
+           mirror rebuilds itself from the log that the server retains.
+        4. What could not be read (evicted first, or damaged) is counted in `missed_steps`.
+        5. `columns`, `valid_cumsum` and `next_page` keep their storage for life.
+
+    Args:
+        client, schema: the replay to follow.
+        capacity_steps: records kept; whole oldest pages are given up above it.
+        window_steps: records per window, including context records.
+        page_steps: rows per page.
+        placement, device, directory: where the columns live, see `storage.DeviceStorage`.
+        online: collect every non-overlapping new window for `online_starts`.
+        queue_bytes: decoded chunks that may wait for `absorb`.
+
+    Raises:
+        ReplayConfigError: if the columns do not fit where they are placed.
+    """
+
+    def __init__(
+        self,
+        client: ReplayClient,
+        schema: Schema,
+        *,
+        capacity_steps: int,
+        window_steps: int,
+        page_steps: int = 64,
+        placement: Literal["auto", "cuda", "ram", "disk"] = "auto",
+        device: str = "cpu",
+        directory: Path | None = None,
+        online: bool = True,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        from replay_service.storage import DeviceStorage
+
+        pages = page_count(capacity_steps, page_steps)
+        self.schema = schema
+        self.page_steps = page_steps
+        self.window_steps = window_steps
+        self.inserted_steps = 0
+        self.missed_steps = 0
+        self._storage = DeviceStorage(
+            schema,
+            rows=pages * page_steps,
+            pages=pages,
+            placement=placement,
+            device=device,
+            directory=directory,
+        )
+        self._index = PageIndex(
+            pages=pages,
+            page_steps=page_steps,
+            window_steps=window_steps,
+            capacity_steps=capacity_steps,
+            next_page=self._storage.host_next_page,
+            valid_cumsum=self._storage.host_cumsum,
+        )
+        self._client = client
+        self._tail = LogTail(client, schema, queue_bytes=queue_bytes)
+        self._collect_online = online
+        most = pages * page_steps // window_steps + 1
+        self._online: deque[tuple[Segment, int]] = deque(maxlen=most)
+        self._expected: int | None = None
+        self._absorbed = (0, 0)
+        self._target = (0, 0)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """Name → (rows, *shape) tensor on the device of the placement."""
+        return self._storage.columns
+
+    @property
+    def valid_cumsum(self) -> Tensor:
+        """(pages,) int64 cumulative number of valid window starts, updated in place."""
+        return self._storage.valid_cumsum
+
+    @property
+    def next_page(self) -> Tensor:
+        """(pages,) int64 successor of each page or -1, updated in place."""
+        return self._storage.next_page
+
+    @property
+    def placement(self) -> Literal["cuda", "ram", "disk"]:
+        """Where the columns ended up."""
+        return self._storage.placement
+
+    @property
+    def size_steps(self) -> int:
+        """Records held."""
+        return self._index.size_steps
+
+    @property
+    def valid_starts(self) -> int:
+        """Rows at which a whole window starts."""
+        return self._index.valid_starts
+
+    @property
+    def lag_chunks(self) -> int:
+        """Chunks that were fetched but not absorbed."""
+        return len(self._tail)
+
+    @property
+    def trouble(self) -> str:
+        """Why the log cannot be read now; empty while it can."""
+        return self._tail.trouble
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether everything that the log held at `start` has been absorbed."""
+        return self._absorbed >= self._target
+
+    @property
+    def rebuild_share(self) -> float:
+        """Share of the chunks retained at `start` that has been absorbed, in [0, 1]."""
+        if self.caught_up or self._absorbed[0] != self._target[0]:
+            return float(self.caught_up)
+        return self._absorbed[1] / self._target[1]
+
+    def start(self) -> None:
+        """Begin to follow the log from its oldest retained entry.
+
+        Raises:
+            ReplayError: if the server cannot be used.
+        """
+        newest = self._client.last_log_id()
+        self._target = _order(newest) if newest else (0, 0)
+        self._tail.start()
+
+    def stop(self) -> None:
+        """Stop following the log; what was absorbed stays readable."""
+        self._tail.stop()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until there is something to absorb, at most `timeout_s`; say whether."""
+        return self._tail.wait(timeout_s)
+
+    def absorb(self) -> list[EpisodeEvent]:
+        """Apply everything that has been fetched; call it between updates. Does not wait.
+
+        Returns:
+            Episodes that ended, including those of a retained log that is being rebuilt.
+
+        Raises:
+            ReplayError: if the log cannot be read for a reason that waiting does not mend.
+        """
+        arrivals = self._tail.take()
+        events = [event for arrival in arrivals for event in self._apply(arrival)]
+        if arrivals:
+            self._index.refresh()
+            self._storage.publish_index()
+        return events
+
+    def online_starts(self, count: int) -> np.ndarray:
+        """Take up to `count` windows that were never trained on, newest first.
+
+        Returns:
+            (count,) int64 rows at which they start, padded with -1.
+        """
+        starts = np.full(count, -1, np.int64)
+        found = 0
+        while found < count and self._online:
+            starts[found] = self._index.row_of(*self._online.pop())
+            found += bool(starts[found] >= 0)
+        return starts
+
+    def online_state(self) -> list[tuple[str, int]]:
+        """Return the windows still waiting, oldest first, as (stream, first step)."""
+        return [(segment.sid, segment.first_step + offset) for segment, offset in self._online]
+
+    def restore_online(self, state: Sequence[tuple[str, int]]) -> None:
+        """Replace the waiting windows by those of `online_state` that are still held."""
+        found = (self._index.find(sid, step) for sid, step in state)
+        self._online.clear()
+        self._online.extend(window for window in found if window is not None)
+
+    def uniforms(self, seed: int, update: int, count: int) -> np.ndarray:
+        """Return (count,) float64 in [0, 1) that depend on seed and update number only."""
+        return np.random.Generator(np.random.Philox(key=[seed, update])).random(count)
+
+    def _apply(self, arrival: Arrival) -> list[EpisodeEvent]:
+        entry, chunk = arrival.entry, arrival.chunk
+        order = _order(entry.entry_id)
+        rebuilding = order <= self._target
+        self._absorbed = order
+        self._count(entry, chunk)
+        if chunk is None:
+            return []
+        known = self._index.last_seq(entry.sid) >= entry.seq
+        self._place(chunk, collect=self._collect_online and not rebuilding)
+        if known:
+            return []
+        return [
+            EpisodeEvent(
+                self.inserted_steps, chunk.stream, e.ret, e.length, e.end, chunk.version_max
+            )
+            for e in chunk.episodes
+        ]
+
+    def _count(self, entry: LogEntry, chunk: Chunk | None) -> None:
+        skipped = max(entry.position - self._expected, 0) if self._expected is not None else 0
+        missed = skipped + (0 if chunk is not None else entry.steps)
+        if missed:
+            self.missed_steps += missed
+            log.warning("mirror_missed steps=%d total=%d", missed, self.missed_steps)
+        self.inserted_steps = self._expected = entry.position + entry.steps
+
+    def _place(self, chunk: Chunk, *, collect: bool) -> None:
+        pieces = self._index.place(chunk.sid, chunk.seq, chunk.first_step, chunk.steps)
+        done = 0
+        for row, count in pieces:
+            part = slice(done, done + count)
+            self._storage.write(row, {name: v[part] for name, v in chunk.columns.items()})
+            done += count
+        if pieces:
+            fresh = self._index.new_windows(chunk.sid)
+            if collect:
+                self._online.extend(fresh)
+
+
+def _order(entry_id: str) -> tuple[int, int]:
+    epoch, _, number = entry_id.partition("-")
+    return int(epoch), int(number)
