@@ -1,0 +1,1 @@
+"""The learner: batches, the training loop, publishing, checkpoints and reports."""

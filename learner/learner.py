@@ -1,0 +1,428 @@
+"""The learner: experience in, updates, weights out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamer.agent import Agent
+from learner import checkpoint
+from learner.batch import make_batch
+from learner.config import LearnerConfig
+from learner.pace import Pace
+from learner.publish import Publisher
+from learner.record import Recorder
+from learner.status import Snapshot
+from learner.step import UpdateStep
+from learner.video import write_videos
+from replay_service import ReplayFenced, ReplayUnavailable
+
+log = logging.getLogger(__name__)
+
+WAIT_S = 0.5
+"""Longest time for which one wait keeps the loop from its other duties."""
+SETTLE_EVERY_S = 0.05
+SETTLE_RETRY_S = 1.0
+VIDEO_CONTEXT = 5
+"""Frames that a video prediction sees before it imagines."""
+LATENTS = ("deter", "stoch")
+
+
+class LearnerError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the learner has to know about its run."""
+
+    directory: Path
+    """Run directory."""
+    seed: int
+    """Seed of everything that the learner draws."""
+    target_steps: int
+    """Environment steps at which training ends."""
+    config_hash: str
+    """Hash of the resolved configuration."""
+    lockstep: bool = False
+    """Whether actor and learner take turns, and checkpoints allow a bitwise continuation."""
+
+
+class Learner:
+    """Absorb experience, update at the pace of the limiter, publish, save, report.
+
+    1. The mirror changes only between updates, in ``absorb``: no window is ever torn.
+    2. Nothing waits without a reason: ``snapshot`` says what the loop waits for.
+    3. ``run`` ends when the target is reached and every update that its steps pay for is done, or
+       soon after ``stop`` is set; a checkpoint of everything is on the disk either way.
+    4. A resumed learner continues counters, optimiser, normalisers and the limiter's account.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        facts: RunFacts,
+        *,
+        agent: Agent,
+        step: UpdateStep,
+        mirror: Any,
+        client: Any,
+        limiter: Any,
+        pace: Pace,
+        publisher: Publisher,
+        recorder: Recorder,
+        fence: int,
+    ) -> None:
+        self.config, self.facts = config, facts
+        self.agent, self.step, self.mirror, self.client = agent, step, mirror, client
+        self.limiter, self.pace, self.publisher = limiter, pace, publisher
+        self.recorder, self.fence = recorder, fence
+        self.updates = 0
+        self.stop = threading.Event()
+        self.outcome = ""
+        self._values: dict[str, float] = {}
+        self.checkpoint_failures = 0
+        self._throttle = Throttle(next(agent.parameters()).device)
+        start = time.monotonic()
+        self._published_at, self._published_update = -math.inf, -1
+        self._saved_at, self._saved_steps = start, 0
+        self._logged_at, self._logged_update = start, 0
+        self._video_at, self._settle_at = start, -math.inf
+
+    @property
+    def env_steps(self) -> int:
+        """Environment steps that this learner has seen in the log."""
+        return int(self.mirror.inserted_steps)
+
+    @property
+    def replayed_steps(self) -> int:
+        """Steps trained on: a pure function of the number of updates."""
+        return self.updates * self.config.batch_size * self.config.batch_length
+
+    @property
+    def ratio(self) -> float:
+        """Replayed steps per environment step, since the account began."""
+        return self.replayed_steps / max(1, self.env_steps - self.limiter.i0)
+
+    def run(self) -> str:
+        """Train to the end, and return how it ended: ``finished`` or ``stopped``.
+
+        Raises:
+            LearnerError: training diverged.
+            ReplayFenced: another learner has taken over this replay.
+        """
+        self._publish_if_due()
+        self._settle(now=True)
+        while not (self.stop.is_set() or self._complete()):
+            self._absorb()
+            if self.pace.may_update(self.updates):
+                self._update()
+            else:
+                self._wait()
+            self._publish_if_due()
+            self._checkpoint_if_due()
+            self._log_if_due()
+            self._settle()
+        return self._finish()
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint, on a mirror that has been rebuilt from the log."""
+        state = saved.state
+        self.agent.load_state_dict(state["agent"])
+        self.mirror.restore_online(state["online"])
+        self.updates = self._logged_update = int(state["updates"])
+        self._saved_steps = int(state["env_steps"])
+        torch.set_rng_state(state["rng"].cpu())
+        if state["rng_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])
+        if self.facts.lockstep:
+            self._restore_latents(state["latents"])
+
+    def snapshot(self) -> Snapshot:
+        """Return what the run is doing now. Safe to call from another thread."""
+        stats = self.publisher.stats
+        age = time.monotonic() - stats.published_at if stats.published else None
+        return self.recorder.snapshot(
+            env_steps=self.env_steps,
+            target_steps=self.facts.target_steps,
+            updates=self.updates,
+            ratio_actual=self.ratio,
+            ratio_target=float(self.limiter.train_ratio),
+            version=stats.version,
+            weights_age_s=age,
+            waiting_for=self.pace.reason,
+            phase=self.outcome or None,
+        )
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of everything. Returns None, and counts, if the disk refuses."""
+        begin = time.monotonic()
+        with self.recorder.clock.during("checkpoint"):
+            self._take_metrics()
+            try:
+                path = checkpoint.save(
+                    self.facts.directory / "checkpoints",
+                    self._state(),
+                    fence=self.fence,
+                    update=self.updates,
+                    env_steps=self.env_steps,
+                    keep=self.config.keep_checkpoints,
+                    config_hash=self.facts.config_hash,
+                )
+            except checkpoint.CheckpointError as error:
+                self.checkpoint_failures += 1
+                log.error("checkpoint_failed error=%s", error)
+                return None
+        self.recorder.exporter.update(
+            {
+                "checkpoint_seconds": time.monotonic() - begin,
+                "checkpoint_last_success_timestamp_seconds": time.time(),
+            },
+            {},
+        )
+        return path
+
+    def _complete(self) -> bool:
+        """Whether the target is reached and no update is owed for the steps that led there."""
+        if self.env_steps < self.facts.target_steps:
+            return False
+        return self.limiter.drift(self.env_steps, self.updates) < self.limiter.batch_steps
+
+    def _absorb(self) -> None:
+        with self.recorder.clock.during("data_wait"):
+            self.step.settle()
+            self.recorder.score(self.mirror.absorb())
+
+    def _update(self) -> None:
+        batch, seed = self.config.batch_size, self.facts.seed
+        with self.recorder.clock.during("update"):
+            draws = self.mirror.uniforms(seed, self.updates, batch)
+            fresh = self.mirror.online_starts(batch)
+            self.step(draws, fresh, _mix(seed, self.updates))
+            self.updates += 1
+            self._throttle.submitted()
+
+    def _wait(self) -> None:
+        self._settle(now=True)
+        warm = self.mirror.size_steps >= self.limiter.min_size_steps
+        with self.recorder.clock.during("environments" if warm else "warmup"):
+            self.pace.more(self.updates, WAIT_S)
+
+    def _publish_if_due(self) -> None:
+        if self.facts.lockstep:
+            return  # every round begins with a publication of its own
+        config, now = self.config, time.monotonic()
+        behind = self.updates - self._published_update
+        late = now - self._published_at >= config.publish_every_s and behind > 0
+        if not late and behind < config.publish_every_updates:
+            return
+        with self.recorder.clock.during("publish"):
+            if self.publisher.publish(self.updates):
+                self._published_at, self._published_update = now, self.updates
+
+    def _checkpoint_if_due(self) -> None:
+        if self._checkpoint_due():
+            self.save()
+            self._saved_at, self._saved_steps = time.monotonic(), self.env_steps
+            self.pace.saved()
+
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint_every_steps
+        by_steps = every > 0 and self.env_steps // every > self._saved_steps // every
+        if self.facts.lockstep:
+            return by_steps and not self.pace.may_update(self.updates)
+        return by_steps or time.monotonic() - self._saved_at >= self.config.checkpoint_every_s
+
+    def _log_if_due(self) -> None:
+        now = time.monotonic()
+        if now - self._logged_at < self.config.log_every_s:
+            return
+        self._logged_at = now
+        with self.recorder.clock.during("log"):
+            self._take_metrics()
+            self._export()
+        every = self.config.video_every_s
+        if every and now - self._video_at >= every and self.updates > 0:
+            with self.recorder.clock.during("log"):
+                self._video()
+            self._video_at = now
+
+    def _settle(self, now: bool = False) -> None:
+        """Tell the server how much was replayed, and how many inserts that pays for."""
+        moment = time.monotonic()
+        if moment < self._settle_at and not now:
+            return
+        # The chunk that crosses the target must still fit, or the target is never reached.
+        last = self.facts.target_steps + self.limiter.chunk_steps - 1
+        budget = min(self.limiter.budget(self.updates), max(last, self.env_steps))
+        with self.recorder.clock.during("settle"):
+            try:
+                self.client.settle(self.fence, self.replayed_steps, budget)
+            except ReplayFenced as error:
+                raise LearnerError(f"{error}; this one stops") from error
+            except ReplayUnavailable as error:
+                log.warning("settle_failed error=%s", error)
+                self._settle_at = moment + SETTLE_RETRY_S
+                return
+        self._settle_at = moment + SETTLE_EVERY_S
+
+    def _finish(self) -> str:
+        """Save, log and say how the run ended."""
+        with self.recorder.clock.during("data_wait"):
+            self.step.settle()
+        if self.updates > self._logged_update:
+            self._take_metrics()
+            self._export()
+        if self.save() is None:
+            raise LearnerError(
+                "the final checkpoint could not be written (see the log); earlier ones are kept: "
+                "mend the disk and start again with the same run directory"
+            )
+        self.outcome = "finished" if self._complete() else "stopped"
+        return self.outcome
+
+    def _take_metrics(self) -> None:
+        """Fetch the metrics since the last time from the device; a diverged run ends here."""
+        values = self.step.take_metrics()
+        if not values:
+            return
+        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if bad:
+            raise LearnerError(
+                f"training diverged before update {self.updates}: {', '.join(bad[:5])} not finite; "
+                "the last checkpoint is from before: resume it with another --seed, a smaller "
+                "--agent.optim.lr, or --learner.precision fp32"
+            )
+        self._values = values
+
+    def _export(self) -> None:
+        drift = float(self.limiter.drift(self.env_steps, self.updates))
+        budget = self.limiter.budget(self.updates)
+        stats, mirror, target = self.publisher.stats, self.mirror, float(self.limiter.train_ratio)
+        self.recorder.log(
+            self.env_steps,
+            self.updates,
+            self._values,
+            replay_steps=self.replayed_steps,
+            ratio_actual=self.ratio,
+            ratio_target=target,
+            replay_size_steps=mirror.size_steps,
+            drift_steps=drift,
+        )
+        gauges = {
+            "replay_size_steps": mirror.size_steps,
+            "replay_ratio_target": target,
+            "replay_drift_steps": drift,
+            "replay_budget_steps": budget,
+            "mirror_lag_chunks": mirror.lag_chunks,
+            "weights_update": stats.version[1],
+            "fence": self.fence,
+            "publish_seconds": stats.seconds,
+            "weights_bytes": stats.size_bytes,
+        }
+        if self.recorder.return_mean is not None:
+            gauges["episode_return"] = self.recorder.return_mean
+        counters = {
+            "updates": self.updates,
+            "replay_inserted_steps": self.env_steps,
+            "replay_sampled_steps": self.replayed_steps,
+            "mirror_missed_steps": mirror.missed_steps,
+            "episodes": self.recorder.episodes,
+            "weights_published": stats.published,
+            "weights_rejected": stats.rejected,
+            "checkpoint_failures": self.checkpoint_failures,
+        }
+        self.recorder.exporter.update(gauges, counters)
+        self._logged_update = self.updates
+
+    def _video(self) -> None:
+        """Write open-loop predictions of the last windows; the run's randomness is untouched."""
+        open_loop: Any = getattr(self.agent, "open_loop", None)
+        if open_loop is None:
+            return
+        self.step.settle()
+        with torch.random.fork_rng():
+            window = {k: v.to(self.step.device) for k, v in self.step.sample().items()}
+            predictions = open_loop(make_batch(window, self.agent), VIDEO_CONTEXT)
+        written = write_videos(
+            self.facts.directory / "videos", predictions, VIDEO_CONTEXT, self.env_steps
+        )
+        for key, (gif, size) in written.items():
+            self.recorder.board.animation(f"open_loop/{key}", gif, size, self.env_steps)
+
+    def _state(self) -> dict[str, Any]:
+        """Return everything that a checkpoint holds."""
+        self.step.settle()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state = {
+            "agent": self.agent.state_dict(),
+            "updates": self.updates,
+            "env_steps": self.env_steps,
+            "replayed_steps": self.replayed_steps,
+            "episodes": self.recorder.episodes,
+            "fence": self.fence,
+            "limiter": {
+                "ratio": str(self.limiter.train_ratio),
+                "i0": self.limiter.i0,
+                "budget": self.limiter.budget(self.updates),
+            },
+            "online": self.mirror.online_state(),
+            "rng": torch.get_rng_state(),
+            "rng_cuda": cuda,
+            "config_hash": self.facts.config_hash,
+        }
+        if self.facts.lockstep:
+            state["latents"] = self._latents()
+        return state
+
+    def _latents(self) -> dict[str, torch.Tensor]:
+        """Return the stored latents, which the log has only as the actors first wrote them.
+
+        Rows that were never written are zero; those behind the last written one are left out.
+        """
+        found = {key: self.mirror.columns[key] for key in LATENTS if key in self.mirror.columns}
+        if not found:
+            return {}
+        written = found["deter"].any(-1).nonzero()
+        rows = int(written[-1]) + 1 if len(written) else 0
+        return {key: values[:rows].clone() for key, values in found.items()}
+
+    def _restore_latents(self, latents: dict[str, torch.Tensor]) -> None:
+        for key, values in latents.items():
+            self.mirror.columns[key][: len(values)].copy_(values)
+
+
+class Throttle:
+    """Keep the host at most a few updates ahead of a device that works asynchronously.
+
+    Without it the host would queue updates for as long as the limiter allows, and then seem to
+    wait for the environments while the device is the limit. Nothing to do on the CPU.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 2) -> None:
+        self._enabled, self._ahead = device.type == "cuda", ahead
+        self._events: deque[torch.cuda.Event] = deque()
+
+    def submitted(self) -> None:
+        """Note one more update, and block while too many are unfinished."""
+        if not self._enabled:
+            return
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self._events.append(event)
+        if len(self._events) > self._ahead:
+            self._events.popleft().synchronize()
+
+
+def _mix(seed: int, update: int) -> int:
+    """Return a seed for one update, far from those of its neighbours and of other runs."""
+    return int(np.random.SeedSequence((seed, update)).generate_state(1, np.uint64)[0] >> 1)

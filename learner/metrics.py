@@ -1,0 +1,131 @@
+"""Where numbers go besides the run's files: TensorBoard and Prometheus."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from learner.bound import PHASES
+
+
+class Board:
+    """TensorBoard event files in the run directory; the horizontal axis is environment steps."""
+
+    def __init__(self, directory: Path) -> None:
+        self._writer: Any = SummaryWriter(str(directory))
+
+    def scalars(self, values: Mapping[str, float], env_steps: int) -> None:
+        """Add one point to each curve."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, env_steps)
+        self._writer.flush()
+
+    def animation(self, name: str, gif: bytes, size: tuple[int, int], env_steps: int) -> None:
+        """Add an animated GIF, shown moving among the images."""
+        width, height = size
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._writer.file_writer.add_summary(summary, env_steps)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Exporter:
+    """Prometheus metrics of the learner, on the loopback interface only."""
+
+    def __init__(self, config_hash: str = "") -> None:
+        self.registry = CollectorRegistry()
+        self._seen: dict[str, float] = {}
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        info = Info("dreamer_build", "What runs here.", registry=self.registry)
+        info.info({"config_hash": config_hash})
+        self._gauges = {name: self._gauge(name, text) for name, text in _GAUGES.items()}
+        self._counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
+        self._phase = self._counter(
+            "step_seconds", "Wall-clock seconds of the learner, by what it did.", ["phase"]
+        )
+        self._loss = self._gauge("loss", "Mean loss of the last update logged.", ["name"])
+        self._metric = self._gauge("train_metric", "Other training metrics, by name.", ["name"])
+
+    def serve(self, port: int) -> int:
+        """Listen on 127.0.0.1 and return the port. Raises OSError if the port is taken."""
+        self._server, self._thread = start_http_server(
+            port, addr="127.0.0.1", registry=self.registry
+        )
+        return int(self._server.server_port)
+
+    def update(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> None:
+        """Set gauges, and move counters up to their new totals; unknown names are an error."""
+        for name, value in gauges.items():
+            self._gauges[name].set(value)
+        for name, total in counters.items():
+            self._advance(name, total, self._counters[name])
+
+    def phases(self, totals: Mapping[str, float]) -> None:
+        """Move the time of every phase up to its total in seconds."""
+        for phase in PHASES:
+            self._advance(f"phase/{phase}", totals[phase], self._phase.labels(phase))
+
+    def train(self, values: Mapping[str, float]) -> None:
+        """Set losses (``loss/<name>``) and the other training metrics."""
+        for name, value in values.items():
+            if name.startswith("loss/"):
+                self._loss.labels(name.removeprefix("loss/")).set(value)
+            else:
+                self._metric.labels(name).set(value)
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+        if self._thread is not None:
+            self._thread.join(timeout=5.0)
+
+    def _advance(self, key: str, total: float, counter: Any) -> None:
+        step = total - self._seen.get(key, 0.0)
+        if step > 0:
+            counter.inc(step)
+            self._seen[key] = total
+
+    def _gauge(self, name: str, text: str, labels: list[str] | None = None) -> Any:
+        return Gauge(f"dreamer_{name}", text, labels or [], registry=self.registry)
+
+    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Any:
+        return Counter(f"dreamer_{name}", text, labels or [], registry=self.registry)
+
+
+_GAUGES = {
+    "replay_size_steps": "Steps that the mirror holds.",
+    "replay_ratio_target": "Replayed steps per inserted step that the limiter keeps.",
+    "replay_drift_steps": "Inserted steps times the ratio, less replayed steps.",
+    "replay_budget_steps": "Inserted steps up to which actors are admitted.",
+    "mirror_lag_chunks": "Chunks received and not yet applied.",
+    "weights_update": "Updates of the last weights published.",
+    "fence": "Fence of this learner's lineage.",
+    "episode_return": "Mean return of the last 20 episodes.",
+    "checkpoint_last_success_timestamp_seconds": "When the last checkpoint was completed.",
+    "checkpoint_seconds": "Duration of the last checkpoint.",
+    "publish_seconds": "Duration of the last publication.",
+    "weights_bytes": "Size of the last weights published.",
+}
+_COUNTERS = {
+    "updates": "Updates of the agent.",
+    "replay_inserted_steps": "Environment steps seen in the replay log.",
+    "replay_sampled_steps": "Steps replayed.",
+    "mirror_missed_steps": "Steps that left the log before the mirror read them.",
+    "episodes": "Episodes finished.",
+    "weights_published": "Publications that the hub accepted.",
+    "weights_rejected": "Publications that the hub refused or that failed.",
+    "checkpoint_failures": "Checkpoints that could not be written.",
+}

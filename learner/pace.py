@@ -1,0 +1,88 @@
+"""When the learner may update, and how it gets more experience when it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class Pace(Protocol):
+    """Decides between updating and waiting."""
+
+    reason: str
+    """Why no update may start now; empty if one may."""
+
+    def may_update(self, updates: int) -> bool:
+        """Return whether the next update may start."""
+
+    def more(self, updates: int, timeout_s: float) -> None:
+        """Block until more experience may be there."""
+
+    def saved(self) -> None:
+        """Take note that a checkpoint has just been written."""
+
+
+class FreePace:
+    """Actors and learner run side by side; the limiter holds both inside its band."""
+
+    def __init__(self, mirror: Any, limiter: Any) -> None:
+        self.reason = ""
+        self._mirror, self._limiter = mirror, limiter
+
+    def may_update(self, updates: int) -> bool:
+        """Return whether the limiter allows the next update on what has been absorbed."""
+        mirror = self._mirror
+        allowed = self._limiter.may_start_update(mirror.size_steps, mirror.inserted_steps, updates)
+        if allowed and not mirror.valid_starts:
+            self.reason = "updates wait for the first whole window"
+            return False
+        self.reason = self._limiter.reason
+        return bool(allowed)
+
+    def more(self, updates: int, timeout_s: float) -> None:
+        """Block until a chunk arrives, at most for the timeout."""
+        self._mirror.wait(timeout_s)
+
+    def saved(self) -> None:
+        """Do nothing: actors go on."""
+
+
+class LockstepPace:
+    """Actor and learner take turns: a round of steps, then every update that they pay for.
+
+    What happens depends on the seed and the configuration alone, not on the speed of anything.
+
+    Args:
+        mirror: the learner's mirror.
+        limiter: whose account is kept without any tolerance.
+        collect: takes the number of updates; collects a round with the weights after them, and
+            blocks until the mirror has received all of it.
+        cut: ends every episode and starts the environments again from fresh seeds.
+    """
+
+    def __init__(
+        self,
+        mirror: Any,
+        limiter: Any,
+        collect: Callable[[int], None],
+        cut: Callable[[], None],
+    ) -> None:
+        self.reason = ""
+        self._mirror, self._limiter = mirror, limiter
+        self._collect, self._cut = collect, cut
+
+    def may_update(self, updates: int) -> bool:
+        """Return whether an update is owed for the steps absorbed so far."""
+        mirror, limiter = self._mirror, self._limiter
+        owed = limiter.drift(mirror.inserted_steps, updates) >= limiter.batch_steps
+        ready = mirror.size_steps >= limiter.min_size_steps and mirror.valid_starts > 0
+        self.reason = "" if owed and ready else "updates wait for their turn"
+        return bool(owed and ready)
+
+    def more(self, updates: int, timeout_s: float) -> None:
+        """Collect one round with the current weights."""
+        self._collect(updates)
+
+    def saved(self) -> None:
+        """Cut what a resumed run could not continue, so that this one does not either."""
+        self._cut()

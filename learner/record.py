@@ -1,0 +1,162 @@
+"""What a run leaves behind while it trains: rows, curves, gauges, and a snapshot at any moment."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from learner.bound import PhaseClock, shares, verdict
+from learner.files import JsonLines, read_rows
+from learner.metrics import Board, Exporter
+from learner.status import Snapshot
+
+WINDOW_S = 10.0
+"""Time over which rates and shares are taken."""
+EPISODES = 20
+"""Episodes in the mean return."""
+ABANDONED = "abandoned"
+"""How an episode ends that its environment did not end; its return means nothing."""
+
+
+class Recorder:
+    """Write scores and metrics into a run directory, and remember what a snapshot needs.
+
+    A resumed run appends. Episodes that the scores file already has are not written again, even
+    though the mirror meets them again while it is rebuilt from the log.
+    """
+
+    def __init__(
+        self, directory: Path, *, action_repeat: int = 1, config_hash: str = "", port: int = -1
+    ) -> None:
+        self.clock = PhaseClock()
+        self.exporter = Exporter(config_hash)
+        self.port = self.exporter.serve(port) if port >= 0 else None
+        self.losses: dict[str, float] = {}
+        self.actors: list[dict[str, Any]] = []
+        self.started_at = time.time()
+        self.board = Board(directory)
+        self._repeat = action_repeat
+        scores = read_rows(directory / "scores.jsonl")
+        self.episodes = len(scores)
+        self._scored = max((row["env_steps"] for row in scores), default=-1)
+        whole = (row["return"] for row in scores if row["end"] != ABANDONED)
+        self._returns = deque(whole, maxlen=EPISODES)
+        self._scores = JsonLines(directory / "scores.jsonl")
+        self._metrics = JsonLines(directory / "metrics.jsonl")
+        self._lock = threading.Lock()
+        self._history: deque[tuple[float, int, int, dict[str, float]]] = deque()
+
+    @property
+    def return_mean(self) -> float | None:
+        """Mean return of the last 20 episodes; None before the first."""
+        return float(np.mean(self._returns)) if self._returns else None
+
+    def score(self, events: Iterable[Any]) -> None:
+        """Write a row for each new episode that the actors finished."""
+        fresh = [event for event in events if event.env_steps > self._scored]
+        for event in fresh:
+            self._scores.write(
+                {
+                    "env_steps": event.env_steps,
+                    "env_frames": event.env_steps * self._repeat,
+                    "return": event.ret,
+                    "length": event.length,
+                    "end": event.end,
+                    "actor": event.stream,
+                    "policy_version": list(event.version),
+                    "split": "train",
+                }
+            )
+            if event.end != ABANDONED:
+                self._returns.append(event.ret)
+            self.episodes += 1
+        self._scored = max([self._scored, *(event.env_steps for event in fresh)])
+
+    def log(self, env_steps: int, updates: int, values: Mapping[str, float], **facts: Any) -> None:
+        """Write one row of metrics, a point of every curve, and the Prometheus gauges."""
+        self.losses = dict(values)
+        rates, part = self._recent(env_steps, updates)
+        general = {"env_steps_per_s": rates[0], "updates_per_s": rates[1], **facts}
+        if self.return_mean is not None:
+            general["episode_return"] = self.return_mean
+        row = {"time": time.time(), "env_steps": env_steps, "env_frames": env_steps * self._repeat}
+        row |= {"updates": updates, **general, **values}
+        row |= {f"share/{phase}": share for phase, share in part.items()}
+        self._metrics.write(row | {"bound_by": self._verdict(part)})
+        numbers = {k: float(v) for k, v in (general | dict(values)).items() if v is not None}
+        shown = {f"share/{phase}": share for phase, share in part.items()}
+        self.board.scalars(numbers | shown, env_steps)
+        self.exporter.train(values)
+        self.exporter.phases(self.clock.totals())
+
+    def snapshot(
+        self,
+        *,
+        env_steps: int,
+        target_steps: int,
+        updates: int,
+        ratio_actual: float,
+        ratio_target: float,
+        version: tuple[int, int],
+        weights_age_s: float | None,
+        waiting_for: str,
+        phase: str | None = None,
+    ) -> Snapshot:
+        """Return what the run is doing now. Safe to call from another thread."""
+        rates, part = self._recent(env_steps, updates)
+        left = max(0, target_steps - env_steps)
+        return Snapshot(
+            env_steps=env_steps,
+            target_steps=target_steps,
+            env_steps_per_s=rates[0],
+            updates=updates,
+            updates_per_s=rates[1],
+            ratio_actual=ratio_actual,
+            ratio_target=ratio_target,
+            return_mean20=self.return_mean,
+            episodes=self.episodes,
+            losses=self.losses,
+            policy_version=version,
+            weights_age_s=weights_age_s,
+            bound_by=self._verdict(part),
+            shares=part,
+            eta_s=left / rates[0] if rates[0] > 0 else None,
+            phase=phase or self.clock.phase,
+            waiting_for=waiting_for,
+            pid=os.getpid(),
+            started_at=self.started_at,
+            per_actor=self.actors,
+        )
+
+    def close(self) -> None:
+        """Close every file and stop the endpoint."""
+        self._scores.close()
+        self._metrics.close()
+        self.board.close()
+        self.exporter.close()
+
+    def _verdict(self, part: Mapping[str, float]) -> str:
+        blocked = [float(actor.get("blocked", 0.0) or 0.0) for actor in self.actors]
+        return verdict(part, sum(blocked) / len(blocked) if blocked else 0.0)
+
+    def _recent(self, env_steps: int, updates: int) -> tuple[tuple[float, float], dict[str, float]]:
+        """Return (steps/s, updates/s) and the share of every phase over the last seconds."""
+        now, totals = time.monotonic(), self.clock.totals()
+        past = self._history
+        with self._lock:
+            if not past or now - past[-1][0] > WINDOW_S / 20:
+                past.append((now, env_steps, updates, totals))
+            while len(past) > 2 and now - past[0][0] > WINDOW_S:
+                past.popleft()
+            then, steps, done, before = past[0]
+        elapsed = max(now - then, 1e-9)
+        if elapsed < WINDOW_S / 20:
+            return (0.0, 0.0), shares(totals, dict.fromkeys(totals, 0.0))
+        return ((env_steps - steps) / elapsed, (updates - done) / elapsed), shares(totals, before)

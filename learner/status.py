@@ -1,0 +1,61 @@
+"""The state of a run at one moment, for the live view and for ``status.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from learner.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a run is doing now."""
+
+    env_steps: int
+    """Environment steps in the replay log."""
+    target_steps: int
+    """Environment steps at which the run ends."""
+    env_steps_per_s: float
+    """Over the last few seconds."""
+    updates: int
+    """Updates of the agent."""
+    updates_per_s: float
+    """Over the last few seconds."""
+    ratio_actual: float
+    """Replayed steps per inserted step since training began."""
+    ratio_target: float
+    """The ratio that the limiter keeps."""
+    return_mean20: float | None
+    """Mean return of the last 20 episodes; None before the first."""
+    episodes: int
+    """Episodes finished."""
+    losses: dict[str, float]
+    """Training metrics of the last logged update."""
+    policy_version: tuple[int, int]
+    """(fence, update) of the weights published last."""
+    weights_age_s: float | None
+    """Age of those weights in seconds; None before the first."""
+    bound_by: str
+    """What bounds the run, with its share of the time."""
+    shares: dict[str, float]
+    """Share of the learner's time in each phase, over the last few seconds."""
+    eta_s: float | None
+    """Estimated seconds to the end; None while unknown."""
+    phase: str
+    """What the learner is doing, or how the run ended."""
+    waiting_for: str
+    """Why no update is running; empty while updates run."""
+    pid: int
+    """Process of the learner."""
+    started_at: float
+    """Wall-clock time at which this process started, in seconds."""
+    per_actor: list[dict[str, Any]] = field(default_factory=list)
+    """What each actor says about itself."""
+
+
+def write_status(path: Path, snapshot: Snapshot) -> None:
+    """Write the snapshot as JSON, so that a reader sees the old or the new one."""
+    write_atomically(path, json.dumps(asdict(snapshot), indent=2, default=str).encode())

@@ -1,0 +1,55 @@
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from learner.bound import PHASES
+from learner.metrics import Board, Exporter
+
+
+def scrape(port: int) -> dict[str, float]:
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return {"/".join([s.name, *s.labels.values()]): s.value for s in samples}
+
+
+def test_the_endpoint_serves_gauges_and_counters() -> None:
+    exporter = Exporter("abc")
+    port = exporter.serve(0)
+    try:
+        for total in (5, 9):
+            exporter.update({"fence": 2}, {"updates": total})
+        exporter.train({"loss/rec": 1.5, "entropy_nats": 0.7})
+        exporter.phases(dict.fromkeys(PHASES, 0.0) | {"update": 2.5})
+        found = scrape(port)
+    finally:
+        exporter.close()
+    assert found["dreamer_fence"] == 2
+    assert found["dreamer_updates_total"] == 9
+    assert found["dreamer_loss/rec"] == 1.5
+    assert found["dreamer_train_metric/entropy_nats"] == pytest.approx(0.7)
+    assert found["dreamer_step_seconds_total/update"] == 2.5
+    assert found["dreamer_build_info/abc"] == 1
+
+
+def test_a_port_in_use_is_an_error() -> None:
+    first = Exporter()
+    port = first.serve(0)
+    try:
+        with pytest.raises(OSError):
+            Exporter().serve(port)
+    finally:
+        first.close()
+
+
+def test_curves_and_animations_reach_tensorboard(tmp_path: Path) -> None:
+    board = Board(tmp_path)
+    board.scalars({"loss/rec": 2.0}, 64)
+    board.animation("open_loop/image", b"GIF89a", (30, 20), 64)
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("loss/rec")] == [(64, 2.0)]
+    image = events.Images("open_loop/image")[0]
+    assert (image.width, image.height, image.encoded_image_string) == (30, 20, b"GIF89a")
