@@ -1,0 +1,288 @@
+"""The learner against a real server, with experience written by the test instead of actors."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer.agent import Agent, make_agent, record_columns
+from dreamer.presets import agent_config
+from dreamer.spaces import DiscreteAction, ImageSpec, VectorSpec
+from dreamer.weights import PackedWeights
+from learner.checkpoint import load_newest
+from learner.config import LearnerConfig
+from learner.files import read_rows
+from learner.learner import Learner, LearnerError, RunFacts
+from learner.pace import FreePace
+from learner.publish import Publisher
+from learner.record import Recorder
+from learner.step import UpdateStep
+from replay_service import (
+    Column,
+    EmbeddedServer,
+    Mirror,
+    ReplayClient,
+    ReplayClosed,
+    ReplayConfig,
+    Schema,
+    Uploader,
+    plan_limits,
+)
+
+pytestmark = pytest.mark.integration
+
+OBS: dict[str, Any] = {"vector": VectorSpec(shape=(3,)), "image": ImageSpec(shape=(64, 64, 3))}
+ACTION: dict[str, Any] = {"action": DiscreteAction(classes=2)}
+CONFIG = LearnerConfig(
+    batch_size=2, batch_length=8, publish_every_updates=5, log_every_s=0.1, video_every_s=0.0
+)
+REPLAY = ReplayConfig(
+    capacity_steps=2000, chunk_steps=16, min_size_steps=64, redis_memory_bytes=256 * 2**20
+)
+EPISODE = 10
+
+
+@dataclass
+class Stand:
+    """One learner with everything it needs, on an own client."""
+
+    learner: Learner
+    client: ReplayClient
+    mirror: Mirror
+    recorder: Recorder
+    schema: Schema
+    sent: list[tuple[int, int]]
+
+    def close(self) -> None:
+        self.mirror.stop()
+        self.recorder.close()
+        self.client.close()
+
+
+def make_schema() -> Schema:
+    columns = record_columns(agent_config("v3", "debug"), OBS, ACTION)
+    return Schema(tuple(Column(*column) for column in columns))
+
+
+def make_stand(url: str, directory: Path, target: int, config: LearnerConfig = CONFIG) -> Stand:
+    torch.manual_seed(0)
+    agent: Agent = make_agent(agent_config("v3", "debug"), OBS, ACTION)
+    schema, client, sent = make_schema(), ReplayClient(url), list[tuple[int, int]]()
+    window = config.batch_length + agent.config.context
+    limits, limiter = plan_limits(
+        REPLAY,
+        schema,
+        train_ratio=2,
+        batch_size=config.batch_size,
+        batch_length=config.batch_length,
+        window_steps=window,
+        streams=1,
+    )
+    client.create(schema, limits)
+    mirror = Mirror(client, schema, capacity_steps=REPLAY.capacity_steps, window_steps=window)
+    mirror.start()
+
+    def send(weights: PackedWeights) -> bool:
+        sent.append(weights.version)
+        return True
+
+    fence, recorder = client.acquire_fence(), Recorder(directory)
+    learner = Learner(
+        config,
+        RunFacts(directory=directory, seed=1, target_steps=target, config_hash="x"),
+        agent=agent,
+        step=UpdateStep(agent, mirror, batch_size=config.batch_size, batch_length=8),
+        mirror=mirror,
+        client=client,
+        limiter=limiter,
+        pace=FreePace(mirror, limiter),
+        publisher=Publisher(agent, send, fence=fence, config_hash="x", dtype=torch.bfloat16),
+        recorder=recorder,
+        fence=fence,
+    )
+    return Stand(learner, client, mirror, recorder, schema, sent)
+
+
+def records(schema: Schema) -> Iterator[dict[str, Any]]:
+    """Yield episodes of ten records, each with reward 1 from its second record on."""
+    rng = np.random.default_rng(0)
+    while True:
+        for index in range(EPISODE):
+            record: dict[str, Any] = {c.name: np.zeros(c.shape, c.dtype) for c in schema.columns}
+            record["image"] = rng.integers(0, 255, (64, 64, 3), np.uint8)
+            record["reward"] = np.float32(index > 0)
+            record["is_first"] = np.bool_(index == 0)
+            record["is_last"] = record["is_terminal"] = np.bool_(index == EPISODE - 1)
+            yield record
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(tmp_path / "replay", max_memory_bytes=256 * 2**20) as running:
+        yield running
+
+
+@pytest.fixture
+def feed(server: EmbeddedServer) -> Iterator[None]:
+    """Write records in the background until the test ends; the server's budget holds them back."""
+    client = ReplayClient(server.url)
+    create = make_stand_limits(client)
+    uploader = Uploader(client, create, REPLAY)
+
+    def write() -> None:
+        try:
+            writer = uploader.open_stream("actor-0")
+            for record in records(create):
+                writer.append(record)
+        except ReplayClosed:
+            return
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield
+    uploader.interrupt()
+    thread.join(10)
+    uploader.close(0)
+    client.close()
+
+
+def make_stand_limits(client: ReplayClient) -> Schema:
+    """Create the replay as the learner will, so that the feed may start first."""
+    schema = make_schema()
+    limits, _ = plan_limits(
+        REPLAY, schema, train_ratio=2, batch_size=2, batch_length=8, window_steps=9, streams=1
+    )
+    client.create(schema, limits)
+    return schema
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_run_reaches_its_target_at_the_ratio_and_leaves_its_files(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    stand = make_stand(server.url, tmp_path, target=400)
+    try:
+        assert stand.learner.run() == "finished"
+        learner = stand.learner
+        assert 400 <= learner.env_steps < 400 + REPLAY.chunk_steps
+        owed = learner.limiter.drift(learner.env_steps, learner.updates)
+        assert -learner.limiter.tol_s <= owed < learner.limiter.batch_steps
+        assert stand.sent[0] == (1, 0)
+        assert stand.sent == sorted(stand.sent)
+        snapshot = learner.snapshot()
+    finally:
+        stand.close()
+    assert snapshot.phase == "finished"
+    assert snapshot.return_mean20 == pytest.approx(EPISODE - 1)
+    scores = read_rows(tmp_path / "scores.jsonl")
+    assert {row["return"] for row in scores} == {EPISODE - 1}
+    assert {row["end"] for row in scores} == {"terminated"}
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert rows[-1]["updates"] == learner.updates
+    assert "loss/rec" in rows[-1]
+    saved = load_newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert saved.manifest["update"] == learner.updates
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_resumed_run_continues_counters_replay_and_scores(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    first = make_stand(server.url, tmp_path, target=300)
+    first.learner.run()
+    first.close()
+    weights = {k: v.clone() for k, v in first.learner.agent.state_dict().items()}
+    second = make_stand(server.url, tmp_path, target=500)
+    try:
+        while not second.mirror.caught_up:
+            assert second.mirror.wait(5)
+            second.recorder.score(second.mirror.absorb())
+        saved = load_newest(tmp_path / "checkpoints")
+        assert saved is not None
+        second.learner.restore(saved)
+        assert second.learner.updates == first.learner.updates
+        assert second.learner.env_steps == first.learner.env_steps
+        assert second.learner.fence > first.learner.fence
+        restored = second.learner.agent.state_dict()
+        assert all(torch.equal(restored[k], v) for k, v in weights.items())
+        assert second.learner.run() == "finished"
+        assert second.learner.env_steps >= 500
+    finally:
+        second.close()
+    steps = [(row["env_steps"], row["actor"]) for row in read_rows(tmp_path / "scores.jsonl")]
+    assert steps == sorted(steps)
+    episodes = len(steps)
+    assert abs(episodes - second.learner.env_steps / EPISODE) <= 2
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_stop_saves_and_ends_soon(server: EmbeddedServer, tmp_path: Path) -> None:
+    stand = make_stand(server.url, tmp_path, target=10**6)
+    threading.Timer(2.0, stand.learner.stop.set).start()
+    try:
+        assert stand.learner.run() == "stopped"
+    finally:
+        stand.close()
+    saved = load_newest(tmp_path / "checkpoints")
+    assert saved is not None
+    assert saved.manifest["update"] == stand.learner.updates > 0
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_newer_learner_ends_this_one(server: EmbeddedServer, tmp_path: Path) -> None:
+    stand = make_stand(server.url, tmp_path, target=10**6)
+    stand.client.acquire_fence()
+    try:
+        with pytest.raises(LearnerError, match="another learner"):
+            stand.learner.run()
+    finally:
+        stand.close()
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_diverged_run_ends_and_saves_nothing(server: EmbeddedServer, tmp_path: Path) -> None:
+    stand = make_stand(server.url, tmp_path, target=10**6)
+    with torch.no_grad():
+        next(stand.learner.agent.parameters()).fill_(float("nan"))
+    try:
+        with pytest.raises(LearnerError, match=r"diverged .* not finite"):
+            stand.learner.run()
+    finally:
+        stand.close()
+    assert load_newest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_checkpoint_that_fails_is_counted_and_training_goes_on(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    config = LearnerConfig(batch_size=2, batch_length=8, checkpoint_every_steps=50)
+    stand = make_stand(server.url, tmp_path, target=300, config=config)
+    try:
+        with pytest.raises(LearnerError, match="final checkpoint"):
+            stand.learner.run()
+        assert stand.learner.checkpoint_failures >= 2
+        assert stand.learner.env_steps >= 300
+    finally:
+        stand.close()
+
+
+@pytest.mark.usefixtures("feed")
+def test_videos_are_written_while_training(server: EmbeddedServer, tmp_path: Path) -> None:
+    config = LearnerConfig(batch_size=2, batch_length=8, video_every_s=1.0, log_every_s=0.1)
+    stand = make_stand(server.url, tmp_path, target=300, config=config)
+    try:
+        stand.learner.run()
+    finally:
+        stand.close()
+    assert list((tmp_path / "videos").glob("image-*.gif"))
+    assert (tmp_path / "videos" / "index.html").exists()
+    assert json.loads(json.dumps(stand.learner.snapshot().shares))
