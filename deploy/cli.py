@@ -1,0 +1,282 @@
+"""The command line: `dreamfleet <command> …`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, nearest
+
+PROG = "dreamfleet"
+PACKAGES = ("dreamer", "replay_service", "actors", "learner", "deploy", "benchmarks")
+USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
+
+Options = TypeVar("Options")
+_BOX = re.compile("^[│|] ?(.*?) *[│|]$")
+_RULE = re.compile("^[─-]+$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One word after `dreamfleet`."""
+
+    summary: str
+    """What it does, for `dreamfleet --help`."""
+    run: Callable[[list[str]], int]
+    """Takes the arguments after the word, returns the exit code."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Errors of the user or of the machine are one line on the terminal and exit code 2; a fault of
+    the program is one line and exit code 1. ``--debug`` shows the traceback of both.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    _set_up_logging(debug)
+    try:
+        return _dispatch(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        code = USER_ERROR if _is_expected(error) else INTERNAL_ERROR
+        _complain(error, code)
+        return code
+
+
+def parse_train(args: list[str]) -> TrainConfig:
+    """Return the configuration that `dreamfleet train ARGS` asks for.
+
+    A run directory that holds a run is the start unless a preset or size is given; otherwise the
+    preset is. Every other flag changes one field.
+
+    Raises:
+        ConfigError: unknown flags (the nearest one is given), bad values.
+        SystemExit: help was asked for.
+    """
+    from deploy.presets import PRESETS, preset
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    first.add_argument("--size")
+    first.add_argument("--run-dir", "--run_dir", type=Path)
+    with _one_line_errors():
+        chosen, _ = first.parse_known_args(args)
+    saved = chosen.run_dir / FILE_NAME if chosen.run_dir else None
+    if saved and saved.exists() and not (chosen.preset or chosen.size):
+        default = load_config(saved)
+    else:
+        default = preset(chosen.preset or TrainConfig().preset, chosen.size)
+    presets = "\n".join(f"  {name}: {known.summary}" for name, known in PRESETS.items())
+    return parse(
+        TrainConfig,
+        args,
+        command="train",
+        default=default,
+        description="Train an agent; the run directory keeps everything, and continues if it "
+        f"exists. Values below are those of --preset {default.preset}. Presets:\n{presets}",
+    )
+
+
+def parse(
+    kind: type[Options],
+    args: list[str],
+    *,
+    command: str,
+    default: Options | None = None,
+    description: str | None = None,
+) -> Options:
+    """Return options of a dataclass from flags: one for every field, dotted for nested ones.
+
+    Raises:
+        ConfigError: unknown flags or bad values, in one line.
+        SystemExit: help was asked for, and shown.
+    """
+    import tyro
+
+    _refuse_unknown(kind if default is None else default, args, command)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    with _one_line_errors():
+        return tyro.cli(kind, prog=f"{PROG} {command}", args=args, description=description, **given)
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        _show_commands()
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        _console().print(f"{PROG} {version(PROG)}", highlight=False)
+        return 0
+    if args[0] not in COMMANDS:
+        raise ConfigError(
+            f"unknown command {args[0]}{nearest(args[0], list(COMMANDS))} "
+            f"(commands: {', '.join(COMMANDS)})"
+        )
+    try:
+        return COMMANDS[args[0]].run(args[1:])
+    except SystemExit as done:  # help was shown
+        return int(done.code or 0)
+
+
+def _train(args: list[str]) -> int:
+    config = parse_train(args)
+    from deploy.launch import train
+
+    return train(config)
+
+
+def _eval(args: list[str]) -> int:
+    from deploy.evaluate import EvalOptions
+
+    options = parse(EvalOptions, args, command="eval")
+    from deploy.evaluate import evaluate
+
+    return evaluate(options)
+
+
+def _check_env(args: list[str]) -> int:
+    from deploy.checkenv import CheckOptions, check_env
+
+    return check_env(parse(CheckOptions, args, command="check-env"))
+
+
+def _doctor(args: list[str]) -> int:
+    from deploy.doctor import DoctorOptions, doctor
+
+    return doctor(parse(DoctorOptions, args, command="doctor"))
+
+
+def _status(args: list[str]) -> int:
+    from deploy.status import StatusOptions, status
+
+    return status(parse(StatusOptions, args, command="status"))
+
+
+def _bench(args: list[str]) -> int:
+    from benchmarks.main import BenchOptions, bench
+
+    return bench(parse(BenchOptions, args, command="bench"))
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(summary="train an agent, or continue a run", run=_train),
+    "eval": Command(summary="play episodes with a run's newest checkpoint", run=_eval),
+    "status": Command(summary="show how a run is doing, or how it ended", run=_status),
+    "check-env": Command(summary="check an environment, and measure it", run=_check_env),
+    "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
+    "bench": Command(summary="measure learner, replay, actors and the whole", run=_bench),
+}
+
+
+def _show_commands() -> None:
+    lines = [f"usage: {PROG} <command> [--help] [--debug] …", ""]
+    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines += ["", f"{PROG} <command> --help says what it takes; --debug adds tracebacks to errors."]
+    lines += [f"To begin: {PROG} doctor, then {PROG} train --preset v3-cartpole"]
+    _console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_unknown(options: Any, args: list[str], command: str) -> None:
+    """Raise ConfigError for the first flag that no field of the options has."""
+    known = ["--help", *_flags(options, "--")]
+    for arg in args:
+        name = arg.split("=")[0].replace("_", "-")  # a parser takes both forms
+        if re.match(r"--\D", name) and name not in known:
+            raise ConfigError(
+                f"unknown flag {arg.split('=')[0]}{nearest(name, known)} "
+                f"({PROG} {command} --help lists all)"
+            )
+
+
+def _flags(options: Any, prefix: str) -> Iterator[str]:
+    for item in fields(options):
+        value = getattr(options, item.name, None)
+        name = item.name.replace("_", "-")
+        if is_dataclass(value) and not isinstance(value, type):
+            yield from _flags(value, f"{prefix}{name}.")
+        elif is_dataclass(item.default_factory):
+            yield from _flags(item.default_factory, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+            head, _, tail = f"{prefix}{name}".rpartition(".")
+            yield f"{head}.no-{tail}" if head else f"--no-{tail[2:]}"
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn a parser's message and exit into a ConfigError of one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as done:
+        if not done.code:
+            raise
+        raise ConfigError(_first_sentences(said.getvalue())) from None
+
+
+def _first_sentences(box: str) -> str:
+    """Return what stands in a parser's framed message above its first rule."""
+    lines = []
+    for line in box.splitlines():
+        inside = _BOX.match(line.strip())
+        if inside and _RULE.match(inside[1].strip()):
+            break
+        if inside:
+            lines.append(inside[1].strip())
+    text = " ".join(lines) or box.strip().splitlines()[-1]
+    text = re.sub(r"^Error parsing [\w.]+: (?=\S)", "", text)
+    return re.sub(r"^(?:Error parsing |\S+: error: )(?=\S)", "", text)
+
+
+def _is_expected(error: BaseException) -> bool:
+    """Whether an exception is about input, files or the machine, and not a fault of the program."""
+    ours = type(error).__module__.split(".")[0] in PACKAGES
+    return ours or isinstance(error, ValueError | OSError)
+
+
+def _complain(error: BaseException, code: int) -> None:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if code == INTERNAL_ERROR:
+        text = (
+            f"{type(error).__name__}: {text} (a fault of dreamfleet: --debug shows the traceback)"
+        )
+    from rich.console import Console
+
+    Console(stderr=True).print(
+        f"{PROG}: [bold red]error:[/] ", end="", highlight=False, soft_wrap=True
+    )
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _set_up_logging(debug: bool) -> None:
+    """Show our own log from INFO on, that of the libraries from WARNING on; DEBUG with --debug."""
+    from deploy.progress import log_handler
+
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
