@@ -70,7 +70,7 @@ class TrainConfig:
     """Ray cluster: local starts a private one, auto joins the one this machine belongs to, else
     <host>:<port> of its head."""
     lockstep: bool = False
-    """Let actors and learner take turns: the same seed then gives the same run, at a lower speed."""
+    """Let actors and learner take turns: the same seed then gives the same run, only slower."""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """What learns."""
     environment: EnvConfig = field(default_factory=EnvConfig)

@@ -26,8 +26,8 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "v3-cartpole": Preset(
-        summary="CartPole-v1 on two CPU cores in minutes. Our own numbers: a small batch and a high "
-        "learning rate, because the published ones take hours for so small a task.",
+        summary="CartPole-v1 on two CPU cores in minutes. Our own numbers: a small batch and a "
+        "high learning rate, because the published ones take hours for so small a task.",
         agent="v3",
         size="1m",
         values={

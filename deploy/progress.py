@@ -1,7 +1,7 @@
 """What a run is doing, for people: a live view, one line, and a summary at the end.
 
-Everything here reads the plain snapshot that the learner also writes to ``status.json``; values that
-are missing or None are shown as a dash.
+Everything here reads the plain snapshot that the learner also writes to ``status.json``; values
+that are missing or None are shown as a dash.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def log_handler() -> logging.Handler:
 def follow(read: Callable[[], Snapshot | None], title: str = "") -> Iterator[None]:
     """Show the snapshots of `read` while the block runs.
 
-    On a terminal a live view, twice a second; elsewhere one line every ten seconds. `read` is called
-    from another thread and may return None while there is nothing to show.
+    On a terminal a live view, twice a second; elsewhere one line every ten seconds. `read` is
+    called from another thread and may return None while there is nothing to show.
     """
     if console().is_terminal:
         with Live(
@@ -94,7 +94,8 @@ def line(snapshot: Snapshot) -> str:
         f"steps {count(steps)}/{count(target)} ({rate(snapshot.get('env_steps_per_s'))})",
         f"updates {count(snapshot.get('updates'))} ({rate(snapshot.get('updates_per_s'))})",
         f"ratio {_ratio(snapshot)}",
-        f"return {number(snapshot.get('return_mean20'))} ({count(snapshot.get('episodes'))} episodes)",
+        f"return {number(snapshot.get('return_mean20'))}",
+        f"episodes {count(snapshot.get('episodes'))}",
         f"weights {_version(snapshot)}",
         f"bound by {snapshot.get('bound_by') or '-'}",
     ]

@@ -46,7 +46,7 @@ def status(options: StatusOptions) -> int:
 
 
 def require_run(directory: Path) -> Path:
-    """Return the directory if there is a run in it. Raises ConfigError, naming other runs, if not."""
+    """Return the directory if it holds a run. Raises ConfigError, naming other runs, if not."""
     if (directory / FILE_NAME).is_file():
         return directory
     places = {directory.parent, Path("runs")}
