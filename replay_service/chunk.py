@@ -181,7 +181,7 @@ def _raw_columns(chunk: Chunk, schema: Schema) -> dict[str, memoryview]:
         array = np.ascontiguousarray(chunk.columns[column.name])
         if array.dtype != column.dtype or array.shape != (chunk.steps, *column.shape):
             raise ChunkError(f"column {column} got {array.dtype}{list(array.shape)}")
-        raw[column.name] = memoryview(array.reshape(-1)).cast("B")
+        raw[column.name] = array.reshape(-1).view(np.uint8).data
     return raw
 
 
@@ -227,7 +227,7 @@ def _decompressor(name: str) -> Callable[[bytes, int], bytes]:
         try:
             if zstandard.frame_content_size(data) != size:
                 raise ChunkError(f"a zstd frame claims another size than the expected {size} bytes")
-            return plain.decompress(data, max_output_size=size, allow_extra_data=False)
+            return bytes(plain.decompress(data, max_output_size=size, allow_extra_data=False))
         except zstandard.ZstdError as error:
             raise ChunkError(f"not a zstd frame: {error}") from error
 

@@ -132,6 +132,7 @@ class ReplayClient:
         self._prefix = tag
         self._meta, self._log = f"{tag}:meta", f"{tag}:log"
         self._seq, self._dead = f"{tag}:seq", f"{tag}:dead"
+        self._wake = f"{tag}:wake"
 
     def __repr__(self) -> str:
         return f"ReplayClient({self.address!r}, shard={self.shard})"
@@ -244,10 +245,10 @@ class ReplayClient:
         pipe = self._redis.pipeline(transaction=False)
         if send:
             # An existing payload is either this one or committed: neither may be replaced.
-            pipe.execute_command("SET", key, blob, "EX", PAYLOAD_TTL_S, "NX")
+            pipe.set(key, blob, ex=PAYLOAD_TTL_S, nx=True)
         keys = (self._meta, self._log, self._seq, key)
-        arguments = (schema.hash.hex(), sid, seq, steps, len(blob))
-        pipe.execute_command("FCALL", "replay_insert", len(keys), *keys, *arguments)
+        arguments = (schema.hash.hex(), sid, str(seq), str(steps), str(len(blob)))
+        pipe.fcall("replay_insert", len(keys), *keys, *arguments)
         try:
             results = pipe.execute(raise_on_error=False)
         except redis.exceptions.RedisError as error:
@@ -279,7 +280,8 @@ class ReplayClient:
         Raises:
             ReplayFenced: if a newer fence exists.
         """
-        reply = self._fcall("replay_settle", [self._meta], fence, replayed_steps, budget_steps)
+        keys = [self._meta, self._wake]
+        reply = self._fcall("replay_settle", keys, fence, replayed_steps, budget_steps)
         if reply[0] == b"FENCED":
             raise ReplayFenced(
                 f"fence {fence} was replaced by {int(reply[1])}: another learner runs"
@@ -287,6 +289,11 @@ class ReplayClient:
         if reply[0] == b"NONE":
             raise self._missing()
         return int(reply[1]), int(reply[2])
+
+    def wait_settlement(self, after: str, timeout_s: float) -> bool:
+        """Block until a settlement newer than the id `after`, at most `timeout_s`; say whether."""
+        wait_ms = max(int(min(timeout_s, self.timeout_s / 2) * 1000), 1)
+        return bool(self._command("XREAD", "BLOCK", wait_ms, "STREAMS", self._wake, after))
 
     def stats(self) -> ReplayStats:
         """Read all counters at one instant."""
@@ -356,7 +363,7 @@ class ReplayClient:
 
     def _command(self, *words: Any) -> Any:
         try:
-            return self._redis.execute_command(*words)
+            return self._redis.execute_command(*words)  # type: ignore[no-untyped-call]
         except redis.exceptions.RedisError as error:
             raise translate(error, self.address) from error
 
@@ -398,9 +405,6 @@ def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redi
             socket_connect_timeout=connect_timeout_s,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
-            driver_info=None,
-            lib_name=None,
-            lib_version=None,
         )
     except (ValueError, redis.exceptions.RedisError) as error:
         raise ReplayConfigError(

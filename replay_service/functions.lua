@@ -7,6 +7,7 @@
 --   log      stream  one entry per committed chunk, id <epoch>-<number of the chunk>
 --   seq      hash    stream -> last committed sequence number, with a trailing "c" once closed
 --   payload  string  the encoded chunk; expires by itself until it is committed
+--   wake     stream  its newest entry (the only one) is the last settlement; writers block on it
 
 -- False again after every load, restart or promotion, which no client could tell reliably.
 local booted = {}
@@ -52,7 +53,8 @@ local function evict(meta, log, seqs, steps, bytes, least, most)
     local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
     if not oldest then break end
     local entry = fields(oldest[2])
-    redis.call('UNLINK', entry.k)
+    -- Freeing one string is immediate; a background thread would only cost locality.
+    redis.call('DEL', entry.k)
     redis.call('XDEL', log, oldest[1])
     forget_closed(seqs, entry.s, entry.q)
     freed = freed + int(entry.n)
@@ -89,13 +91,14 @@ local function create(keys, args)
 end
 
 -- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes.
--- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted | SCHEMA text | TOOBIG steps
--- bytes | NOPAYLOAD | NONE (no replay has been created).
+-- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted wake | SCHEMA text | TOOBIG
+-- steps bytes | NOPAYLOAD | NONE (no replay has been created). The wake of a WAIT is the id after
+-- which the next settlement appears.
 local function insert(keys, args)
   local meta, log, seqs, payload = keys[1], keys[2], keys[3], keys[4]
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
   local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'size', 'min_size',
-    'inserted', 'budget', 'bytes', 'cap_steps', 'cap_bytes', 'committed')
+    'inserted', 'budget', 'cap_steps', 'cap_bytes', 'committed', 'wake')
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
 
@@ -103,25 +106,25 @@ local function insert(keys, args)
   if seq <= last then return {'DUP', last} end
   if seq ~= last + 1 then return {'GAP', last} end
 
-  if steps < 1 or steps > int(m[2]) or bytes > int(m[3]) or bytes > int(m[10])
-      or steps > int(m[9]) then
-    return {'TOOBIG', math.min(int(m[2]), int(m[9])), math.min(int(m[3]), int(m[10]))}
+  if steps < 1 or steps > int(m[2]) or bytes > int(m[3]) or bytes > int(m[9])
+      or steps > int(m[8]) then
+    return {'TOOBIG', math.min(int(m[2]), int(m[8])), math.min(int(m[3]), int(m[9]))}
   end
   local size, inserted, budget = int(m[4]), int(m[6]), int(m[7])
   if size >= int(m[5]) and inserted + steps > budget then
-    return {'WAIT', budget, inserted}
+    return {'WAIT', budget, inserted, m[11] or '0-0'}
   end
   local stored = redis.call('STRLEN', payload)
   if stored ~= bytes then
     -- Left behind by another writer that never committed it; the caller sends its own.
-    if stored > 0 then redis.call('UNLINK', payload) end
+    if stored > 0 then redis.call('DEL', payload) end
     return {'NOPAYLOAD'}
   end
 
   ensure_epoch(meta)
-  evict(meta, log, seqs, int(m[9]) - steps, int(m[10]) - bytes, steps, EVICT_CHUNKS)
+  evict(meta, log, seqs, int(m[8]) - steps, int(m[9]) - bytes, steps, EVICT_CHUNKS)
   redis.call('PERSIST', payload)
-  local number = int(m[11]) + 1
+  local number = int(m[10]) + 1
   redis.call('XADD', log, redis.call('HGET', meta, 'epoch') .. '-' .. whole(number),
     'k', payload, 'n', whole(steps), 'b', whole(bytes), 's', sid, 'q', whole(seq),
     'g', whole(inserted))
@@ -168,7 +171,7 @@ local function fence(keys)
   return {'OK', redis.call('HINCRBY', keys[1], 'fence', 1)}
 end
 
--- KEYS meta; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
+-- KEYS meta, wake; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
 -- A late or repeated call changes nothing; a new fence may move the account back.
 local function settle(keys, args)
   local meta = keys[1]
@@ -177,7 +180,9 @@ local function settle(keys, args)
   if not m[1] then return {'NONE'} end
   if int(args[1]) ~= int(m[2]) then return {'FENCED', int(m[2])} end
   if int(m[4]) ~= int(args[1]) or int(args[2]) >= int(m[3]) then
-    redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3])
+    local id = redis.call('XADD', keys[2], 'MAXLEN', 1, '*', 'budget', args[3])
+    redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3],
+      'wake', id)
   end
   return {'OK', int(m[5]), int(m[6])}
 end

@@ -57,7 +57,8 @@ class MemoryPlan:
         elif self.mirror_bytes > available.get(placement, 0):
             raise ReplayConfigError(
                 f"the mirror needs {_mib(self.mirror_bytes)} in {placement}, which has "
-                f"{_mib(available.get(placement, 0))} free; lower capacity_steps or change placement"
+                f"{_mib(available.get(placement, 0))} free; lower capacity_steps or change "
+                "placement"
             )
         need = sum(parts.values())
         if need > available["ram"]:

@@ -240,11 +240,9 @@ class Mirror:
         self._place(chunk, collect=self._collect_online and not rebuilding)
         if known:
             return []
+        now, newest = self.inserted_steps, chunk.version_max
         return [
-            EpisodeEvent(
-                self.inserted_steps, chunk.stream, e.ret, e.length, e.end, chunk.version_max
-            )
-            for e in chunk.episodes
+            EpisodeEvent(now, chunk.stream, e.ret, e.length, e.end, newest) for e in chunk.episodes
         ]
 
     def _count(self, entry: LogEntry, chunk: Chunk | None) -> None:

@@ -92,7 +92,8 @@ class PageIndex:
         """Find rows for the next chunk of a stream.
 
         A chunk that does not follow its predecessor, or whose stream has lost all its pages, starts
-        a new segment, so that no window is ever stitched over the gap. A chunk that was placed before gets no rows.
+        a new segment, so that no window is ever stitched over the gap. A chunk that was placed
+        before gets no rows.
 
         Returns:
             (first row, count) of each piece, in the order of the records.

@@ -228,7 +228,7 @@ class EmbeddedServer:
     def _last_words(self) -> str:
         path = self.directory / "server.log"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        return " | ".join(lines[-3:]) or "no log was written"
+        return " | ".join(line for line in lines[-5:] if line.strip()) or "no log was written"
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

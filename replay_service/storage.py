@@ -218,8 +218,8 @@ def _choose(
 def _require(need: int, free: int, place: str) -> None:
     if need > free:
         raise ReplayConfigError(
-            f"the mirror needs {need / _MIB:.0f} MiB, {place} has {free / _MIB:.0f} MiB free; lower "
-            "capacity_steps or choose another placement"
+            f"the mirror needs {need / _MIB:.0f} MiB, {place} has {free / _MIB:.0f} MiB free; "
+            "lower capacity_steps or choose another placement"
         )
 
 

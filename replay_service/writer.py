@@ -309,8 +309,7 @@ class Uploader:
             self._acknowledge(parcel)
         elif reply.code == "WAIT":
             parcel.payload_there = True
-            budget, inserted = reply.values
-            self._back_off(f"inserts wait for training ({inserted} inserted, {budget} admitted)")
+            self._await_settlement(*reply.values)
         elif reply.code == "NOPAYLOAD":
             parcel.payload_there = False
         elif reply.code in ("GAP", "DUP"):
@@ -400,12 +399,24 @@ class Uploader:
                 parcel.blob, parcel.tried, parcel.payload_there = None, False, False
             parcel.seq = stream.seq
 
-    def _back_off(self, reason: str) -> None:
+    def _await_settlement(self, budget: int, inserted: int, wake: bytes) -> None:
+        """Wait until training has paid for more inserts."""
+        self._give_reason(f"inserts wait for training ({inserted} inserted, {budget} admitted)")
+        self._client.wait_settlement(wake.decode(), _LONGEST_DELAY_S)
+        # Many uploaders wake together: those that waited in vain spread out.
         with self._changed:
-            if not self._reason:
-                self._reason_since = time.monotonic()
-                log.info("upload_waits reason=%s", reason)
-            self._reason = reason
+            self._changed.wait_for(lambda: self._closing, self._delay_s * random.uniform(0.0, 0.1))
+            self._delay_s = min(self._delay_s * 2, _LONGEST_DELAY_S)
+
+    def _give_reason(self, reason: str) -> None:
+        if not self._reason:
+            self._reason_since = time.monotonic()
+            log.info("upload_waits reason=%s", reason)
+        self._reason = reason
+
+    def _back_off(self, reason: str) -> None:
+        self._give_reason(reason)
+        with self._changed:
             self._changed.wait_for(lambda: self._closing, self._delay_s * random.uniform(0.5, 1.0))
             self._delay_s = min(self._delay_s * 2, _LONGEST_DELAY_S)
 
@@ -503,7 +514,7 @@ class ChunkWriter:
             )
         at = self._fill
         for slot in self._slots:
-            value = record.get(slot.name)
+            value: Any = record.get(slot.name)
             if getattr(value, "dtype", None) != slot.dtype or np.shape(value) != slot.shape:
                 raise ReplaySchemaError(
                     f"{slot.name!r} must be a numpy value of {slot.dtype}{list(slot.shape)}, got "
