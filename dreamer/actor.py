@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer import ops
@@ -56,10 +55,10 @@ class ActionCodec:
             if isinstance(spec, BoxAction):
                 parts.append(value.float())
             elif isinstance(spec, DiscreteAction):
-                parts.append(F.one_hot(value.long(), spec.classes).float())
+                parts.append(ops.onehot(value, spec.classes))
             else:
                 for i, classes in enumerate(discrete_classes(spec)):
-                    parts.append(F.one_hot(value[..., i].long(), classes).float())
+                    parts.append(ops.onehot(value[..., i], classes))
         return torch.cat(parts, -1)
 
     def record(self, flat: Tensor) -> Actions:
@@ -117,7 +116,7 @@ class Categorical:
 
     def mode(self) -> Tensor:
         """Return (…, K) one-hot of the most likely choice."""
-        return F.one_hot(self.log_p.argmax(-1), self.size).float()
+        return ops.onehot(self.log_p.argmax(-1), self.size)
 
     def log_prob(self, onehot: Tensor) -> Tensor:
         """(…, K) → (…)."""

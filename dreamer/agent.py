@@ -113,6 +113,11 @@ class Agent(nn.Module):
         """Return trajectories from every replayed state under the current policy."""
         raise NotImplementedError
 
+    def imagined_step(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Act in (N, D), flat (N, S·K), and return the next two and the action (N, A)."""
+        action = self.actor(torch.cat([deter, stoch], -1)).sample()
+        return (*self.rssm.imagine_step(deter, stoch, action), action)
+
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
     ) -> tuple[Losses, Metrics]:
@@ -126,6 +131,17 @@ class Agent(nn.Module):
     def update_slow(self) -> None:
         """Move the slow copies after the optimiser's step."""
         raise NotImplementedError
+
+    def compile_parts(self) -> None:
+        """Let ``torch.compile`` fuse the functions that do most of the work, in place.
+
+        The recurrent steps are compiled once and called in a loop: compiling the unrolled loops
+        takes minutes and gains little more.
+        """
+        compiled: Any = torch.compile
+        self.rssm.observe_step = compiled(self.rssm.observe_step, dynamic=False)
+        for name in ("model_losses", "imagined_step", "behaviour_losses"):
+            setattr(self, name, compiled(getattr(self, name), dynamic=False))
 
     def optimise(self, losses: Losses) -> Metrics:
         """Step every group on the scaled sum of its losses' means."""

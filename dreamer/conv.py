@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dreamer.nets import BlockLinear, Linear, MLP, RMSNorm, trunc_normal_
+from dreamer.nets import MLP, BlockLinear, Linear, RMSNorm, trunc_normal_
 
 
 class Conv(nn.Module):
@@ -117,8 +117,7 @@ class ConvDecoder(nn.Module):
         self.stem_norm = RMSNorm(self.width)
         widths = tuple(reversed(depths))
         self.convs = nn.ModuleList(
-            UpsampleConv(a, b, kernel)
-            for a, b in zip(widths, (*widths[1:], channels), strict=True)
+            UpsampleConv(a, b, kernel) for a, b in zip(widths, (*widths[1:], channels), strict=True)
         )
         self.norms = nn.ModuleList(RMSNorm(width) for width in widths[1:])
 

@@ -76,7 +76,9 @@ class Decoder(nn.Module):
             error = torch.sigmoid(predicted) - target.float() / 255.0
             return error.square().flatten(2).sum(-1)
         if isinstance(spec, DiscreteSpec):
-            flat = F.cross_entropy(predicted.flatten(0, 1), target.long().flatten(), reduction="none")
+            flat = F.cross_entropy(
+                predicted.flatten(0, 1), target.long().flatten(), reduction="none"
+            )
             return flat.unflatten(0, target.shape[:2])
         return (predicted - ops.symlog(target.float())).square().sum(-1)
 

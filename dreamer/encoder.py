@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer import ops
@@ -63,7 +62,9 @@ class Encoder(nn.Module):
     def forward(self, obs: Tensors) -> Tensor:
         parts, lead = [], next(iter(obs.values())).shape[:2]
         if self.vectors:
-            parts.append(self.mlp(torch.cat([self._vector(key, obs[key]) for key in self.vectors], -1)))
+            parts.append(
+                self.mlp(torch.cat([self._vector(key, obs[key]) for key in self.vectors], -1))
+            )
         for size, keys in self.groups.items():
             images = [obs[key].flatten(0, 1) for key in keys]
             pixels = images[0] if len(images) == 1 else torch.cat(images, -1)
@@ -74,5 +75,5 @@ class Encoder(nn.Module):
     def _vector(self, key: str, value: Tensor) -> Tensor:
         spec = self.space[key]
         if isinstance(spec, DiscreteSpec):
-            return F.one_hot(value.long(), spec.classes).float()
+            return ops.onehot(value, spec.classes)
         return ops.symlog(value.float())

@@ -23,6 +23,10 @@ class TwoHot:
         """Return the cross-entropy with the two-hot encoding of ``target`` (…)."""
         return ops.twohot_loss(self.logits, target, self.bins)
 
+    def mixed_loss(self, targets: Tensor, weights: tuple[float, ...]) -> Tensor:
+        """Return the weighted sum of the losses of several targets (…, M)."""
+        return ops.twohot_mixed_loss(self.logits, targets, weights, self.bins)
+
     def without_last(self) -> TwoHot:
         """Drop the last entry of axis 1, the state that only bootstraps."""
         return TwoHot(self.logits[:, :-1], self.bins)

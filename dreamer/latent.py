@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dreamer import ops
@@ -49,4 +48,4 @@ class OneHotLatent:
 
     def from_record(self, indices: Tensor) -> Tensor:
         """(…, S) uint8 class indices → (…, S, K) float32 one-hot."""
-        return F.one_hot(indices.long(), self.classes).float()
+        return ops.onehot(indices, self.classes)

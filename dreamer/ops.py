@@ -30,6 +30,15 @@ def log_unimix(logits: Tensor, unimix: float) -> Tensor:
     return torch.log((1.0 - unimix) * probs + unimix / logits.shape[-1])
 
 
+def onehot(index: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return (…, classes) one-hot vectors of integer indices (…), which are not range-checked.
+
+    Unlike ``torch.nn.functional.one_hot`` it reads no value on the host.
+    """
+    zeros = torch.zeros(*index.shape, classes, dtype=dtype, device=index.device)
+    return zeros.scatter_(-1, index.long()[..., None], 1.0)
+
+
 def sample_onehot(probs: Tensor) -> Tensor:
     """Draw one-hot vectors over the last axis by an exponential race, without gradient.
 
@@ -37,12 +46,12 @@ def sample_onehot(probs: Tensor) -> Tensor:
     """
     with torch.no_grad():
         race = probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
-        return F.one_hot(race.argmax(-1), probs.shape[-1]).to(probs.dtype)
+        return onehot(race.argmax(-1), probs.shape[-1], probs.dtype)
 
 
-def straight_through(onehot: Tensor, probs: Tensor) -> Tensor:
+def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
     """Return the one-hot value with the gradient of the probabilities (DreamerV2, Algorithm 1)."""
-    return onehot + probs - probs.detach()
+    return sample + probs - probs.detach()
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -99,20 +108,28 @@ def twohot(target: Tensor, bins: Tensor) -> Tensor:
     """Return the dense two-hot encoding (…, bins) of the targets (…); the weights sum to one."""
     below, above, weight = twohot_neighbours(target, bins)
     count = bins.shape[0]
-    return F.one_hot(below, count) * (1.0 - weight)[..., None] + (
-        F.one_hot(above, count) * weight[..., None]
-    )
+    low, high = onehot(below, count), onehot(above, count)
+    return torch.lerp(low, high, weight[..., None])
 
 
 def twohot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Return −Σᵢ twohot(target)ᵢ·log_softmax(logits)ᵢ: (…, bins), (…) → (…).
+    """Return −Σᵢ twohot(target)ᵢ·log_softmax(logits)ᵢ: (…, bins), (…) → (…)."""
+    return twohot_mixed_loss(logits, target[..., None], (1.0,), bins)
 
-    The target has two non-zero weights, so two gathered logits and one log-sum-exp suffice.
+
+def twohot_mixed_loss(
+    logits: Tensor, targets: Tensor, weights: tuple[float, ...], bins: Tensor
+) -> Tensor:
+    """Return Σₘ weightₘ·`twohot_loss`(logits, targetₘ): (…, bins), (…, M) → (…).
+
+    A target has two non-zero weights, so gathered logits and one log-sum-exp serve all of them.
     """
-    below, above, weight = twohot_neighbours(target, bins)
-    picked = logits.gather(-1, torch.stack([below, above], -1))
-    expected = torch.lerp(picked[..., 0], picked[..., 1], weight)
-    return torch.logsumexp(logits, -1) - expected
+    below, above, share = twohot_neighbours(targets.contiguous(), bins)
+    picked = logits.gather(-1, torch.cat([below, above], -1))
+    low, high = picked.chunk(2, -1)
+    mix = torch.tensor(weights, device=logits.device)
+    expected = torch.lerp(low, high, share) * mix
+    return sum(weights) * torch.logsumexp(logits, -1) - expected.sum(-1)
 
 
 def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
@@ -124,10 +141,12 @@ def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     probs = F.softmax(logits.float(), -1)
     half = bins.shape[0] // 2
     pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)
-    return (pairs * bins[half + 1 :]).sum(-1) + probs[..., half] * bins[half]
+    return pairs @ bins[half + 1 :] + probs[..., half] * bins[half]
 
 
-def lambda_return_current(reward: Tensor, value: Tensor, discount: Tensor, lambda_: float) -> Tensor:
+def lambda_return_current(
+    reward: Tensor, value: Tensor, discount: Tensor, lambda_: float
+) -> Tensor:
     """Return λ-returns that include the current state's reward: (N, H) each → (N, H−1).
 
     Rₜ = rₜ + dₜ[(1−λ)vₜ₊₁ + λRₜ₊₁],  R_last = v_last

@@ -82,7 +82,11 @@ class Policy(nn.Module):
         count = len(is_first)
         if self._state is None or len(self._state[0]) != count:
             initial = self.rssm.initial(count)
-            self._state = (initial.deter, initial.stoch.flatten(1), torch.zeros(count, self.codec.size))
+            self._state = (
+                initial.deter,
+                initial.stoch.flatten(1),
+                torch.zeros(count, self.codec.size),
+            )
         outer = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
@@ -96,7 +100,9 @@ class Policy(nn.Module):
     def _step(self, obs: Mapping[str, NDArray[Any]], is_first: Tensor, mode: str) -> Tensor:
         assert self._state is not None
         deter, stoch, previous = self._state
-        tensors = {key: torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(1) for key, x in obs.items()}
+        tensors = {
+            key: torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(1) for key, x in obs.items()
+        }
         keep = (~is_first).float()[:, None]
         embed = self.rssm.posterior.project_embed(self.encoder(tensors)[:, 0])
         drive = self.rssm.core.project_action(previous * keep)
@@ -113,4 +119,3 @@ class Policy(nn.Module):
         deter, stoch, _ = self._state
         indices = self._latent.to_record(stoch.unflatten(-1, self._latent.shape))
         return {"deter": deter.to(torch.float16).numpy(), "stoch": indices.numpy()}
-

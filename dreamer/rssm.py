@@ -76,7 +76,8 @@ class RSSM(nn.Module):
         self.core, self.latent = core, latent
         outputs = latent.stats_size
         self.prior_net = nn.Sequential(
-            MLP(core.deter, prior_layers, hidden), Linear(hidden if prior_layers else core.deter, outputs)
+            MLP(core.deter, prior_layers, hidden),
+            Linear(hidden if prior_layers else core.deter, outputs),
         )
         self.posterior = Posterior(core.deter, embed, post_layers, hidden, outputs)
 

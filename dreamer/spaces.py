@@ -34,7 +34,9 @@ class VectorSpec:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 1 or self.shape[0] < 1:
-            raise ValueError(f"vector observations must have shape (d,) with d >= 1, got {self.shape}")
+            raise ValueError(
+                f"vector observations must have shape (d,) with d >= 1, got {self.shape}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,9 @@ class MultiDiscreteAction:
 
     def __post_init__(self) -> None:
         if not self.classes or min(self.classes) < 2:
-            raise ValueError(f"every part of a multi-discrete action needs >= 2 choices, got {self.classes}")
+            raise ValueError(
+                f"every part of a multi-discrete action needs >= 2 choices, got {self.classes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

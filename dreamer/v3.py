@@ -117,8 +117,7 @@ class DreamerV3(Agent):
         deter, stoch = start.deter, start.stoch.flatten(1)
         deters, stochs, actions = [deter], [stoch], []
         for _ in range(self.config.behaviour.imag_horizon):
-            action = self.actor(torch.cat([deter, stoch], -1)).sample()
-            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
+            deter, stoch, action = self.imagined_step(deter, stoch)
             deters.append(deter)
             stochs.append(stoch)
             actions.append(action)
@@ -165,7 +164,7 @@ class DreamerV3(Agent):
     def _regress(self, critic: TwoHot, returns: Tensor, slow: Tensor) -> Tensor:
         """Cross-entropy to the returns, and to the slow critic's mean as a regulariser."""
         weight = self.config.behaviour.slow_regulariser
-        return critic.loss(returns) + weight * critic.loss(slow)
+        return critic.mixed_loss(torch.stack([returns, slow], -1), (1.0, weight))
 
     def _replay_critic_loss(self, batch: Batch, rollout: Rollout, imagined: Tensor) -> Tensor:
         """Return the critic loss on replayed rewards (B, T−1), with gradient into the model.

@@ -74,7 +74,9 @@ def unpack(weights: PackedWeights) -> dict[str, Tensor]:
         )
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}.get(weights.manifest["dtype"])
     if dtype is None:
-        raise WeightsError(f"weights have dtype {weights.manifest['dtype']!r}, expected bfloat16 or float32")
+        raise WeightsError(
+            f"weights have dtype {weights.manifest['dtype']!r}, expected bfloat16 or float32"
+        )
     flat = torch.from_numpy(np.array(weights.buffer)).view(dtype).float()
     if not torch.isfinite(flat).all():
         raise WeightsError(f"weights {weights.version} are not finite; the old weights are kept")
@@ -82,6 +84,8 @@ def unpack(weights: PackedWeights) -> dict[str, Tensor]:
     for name, shape, offset in weights.manifest["tensors"]:
         size = int(np.prod(shape))
         if offset < 0 or offset + size > flat.numel():
-            raise WeightsError(f"weights {weights.version}: tensor {name!r} lies outside the buffer")
+            raise WeightsError(
+                f"weights {weights.version}: tensor {name!r} lies outside the buffer"
+            )
         tensors[name] = flat[offset : offset + size].reshape(shape)
     return tensors

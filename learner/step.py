@@ -1,0 +1,176 @@
+"""One training step: sample from the mirror, update, write latents back, add up metrics.
+
+The whole step reads and writes fixed tensors only, so on CUDA it is one captured graph: the host
+sets 2·B numbers and replays it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dreamer.agent import Agent
+from learner.batch import make_batch
+from replay_service import storage
+
+Mode = Literal["auto", "eager", "compile", "graph"]
+
+# Updates that run uncaptured before the capture: they compile, choose algorithms and allocate.
+WARM_UP = 3
+
+
+class MirrorTensors(Protocol):
+    """What a step needs from the replay mirror."""
+
+    columns: dict[str, Tensor]
+    valid_cumsum: Tensor
+    next_page: Tensor
+    page_steps: int
+
+
+class UpdateStep:
+    """Callable that trains on one batch.
+
+    1. Never synchronises with the host on the device placement; metrics wait on the device.
+    2. A pure function of (agent, mirror, uniforms, explicit starts, seed): no hidden state.
+    3. Writes latents back before it returns control of the mirror (`settle`).
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        mirror: MirrorTensors,
+        *,
+        batch_size: int,
+        batch_length: int,
+        mode: Mode = "auto",
+    ) -> None:
+        self.agent, self.mirror = agent, mirror
+        self.window = batch_length + agent.config.context
+        self.device = next(agent.parameters()).device
+        self.mode = resolve_mode(mode, self.device)
+        if self.mode in ("compile", "graph"):
+            agent.compile_parts()
+        where = mirror.valid_cumsum.device
+        self._uniforms = torch.zeros(batch_size, dtype=torch.float64, device=where)
+        self._explicit = torch.full((batch_size,), -1, dtype=torch.int64, device=where)
+        self._rows = torch.zeros(batch_size, self.window, dtype=torch.int64, device=where)
+        self._staged: dict[str, Tensor] | None = None
+        self._latents: dict[str, Tensor] = {}
+        self._captured: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._count, self._calls = 0, 0
+        self._graph: Any = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the mirror lives on another device than the agent."""
+        return self.mirror.valid_cumsum.device.type != self.device.type
+
+    def __call__(
+        self, uniforms: NDArray[np.float64], explicit: NDArray[np.int64], seed: int
+    ) -> None:
+        """Train on one batch.
+
+        Args:
+            uniforms: (B,) in [0, 1): one uniform draw over all valid starts for each window.
+            explicit: (B,) row numbers that replace the draw where they are >= 0.
+            seed: of all sampling inside the update.
+        """
+        self._uniforms.copy_(torch.from_numpy(uniforms), non_blocking=True)
+        self._explicit.copy_(torch.from_numpy(explicit), non_blocking=True)
+        torch.manual_seed(seed)
+        if self.remote:
+            self._stage()
+        if self.mode != "graph" or self._calls < WARM_UP:
+            self._run()
+        else:
+            if self._graph is None:
+                self._capture()
+            self._graph.replay()
+            self._latents = self._captured
+        self._calls += 1
+        self._count += 1
+
+    def settle(self) -> None:
+        """Finish the write-back of a mirror on another device; call before the mirror changes."""
+        if self.remote and self._latents:
+            storage.write_back(
+                self.mirror.columns,
+                self._rows[:, self.agent.config.context :],
+                {key: value.to(self._rows.device) for key, value in self._latents.items()},
+            )
+            self._latents = {}
+
+    def take_metrics(self) -> dict[str, float]:
+        """Return the means since the last call, with one transfer, and start over."""
+        if self._sums is None or not self._count:
+            return {}
+        means = (self._sums / self._count).tolist()
+        self._sums.zero_()
+        self._count = 0
+        return dict(zip(self._names, means, strict=True))
+
+    def sample(self) -> dict[str, Tensor]:
+        """Gather the windows that the current draws select, {column: (B, C+T, …)}."""
+        mirror = self.mirror
+        rows = storage.window_rows(
+            self._uniforms,
+            self._explicit,
+            mirror.valid_cumsum,
+            mirror.next_page,
+            mirror.page_steps,
+            self.window,
+        )
+        self._rows.copy_(rows)
+        return storage.gather(mirror.columns, self._rows)
+
+    def _stage(self) -> None:
+        window = self.sample()
+        if self._staged is None:
+            self._staged = {
+                key: torch.empty_like(value, device=self.device) for key, value in window.items()
+            }
+        for key, value in window.items():
+            self._staged[key].copy_(value, non_blocking=True)
+
+    def _run(self) -> None:
+        window = self._staged if self._staged is not None else self.sample()
+        metrics, latents = self.agent.update(make_batch(window, self.agent))
+        if self.remote:
+            self._latents = latents
+        elif latents:
+            rows = self._rows[:, self.agent.config.context :]
+            storage.write_back(self.mirror.columns, rows, latents)
+        if self._sums is None:
+            self._names = list(metrics)
+            self._sums = torch.zeros(len(metrics), device=self.device)
+        self._sums += torch.stack([metrics[name].float() for name in self._names])
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            self._run()
+        self._captured = self._latents
+        self._graph = graph
+
+
+def resolve_mode(mode: Mode, device: torch.device) -> Mode:
+    """Choose how to run: on CUDA a captured graph, on the CPU eager unless asked otherwise.
+
+    Raises:
+        ValueError: a graph was asked for without CUDA.
+    """
+    if mode == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if mode == "graph" and device.type != "cuda":
+        raise ValueError(
+            f"learner.mode 'graph' needs a CUDA device, got {device.type!r}; use 'eager' or 'compile'"
+        )
+    return mode
