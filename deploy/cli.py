@@ -134,6 +134,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _train(args: list[str]) -> int:
     config = parse_train(args)
+    _log_from(logging.INFO)
     from deploy.launch import train
 
     return train(config)
@@ -270,12 +271,18 @@ def _console() -> Any:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Show our own log from INFO on, that of the libraries from WARNING on; DEBUG with --debug."""
+    """Show warnings of all, and everything of our own with --debug."""
     from deploy.progress import log_handler
 
     logging.basicConfig(level=logging.WARNING, handlers=[log_handler()], force=True)
+    _log_from(logging.DEBUG if debug else logging.WARNING)
+
+
+def _log_from(level: int) -> None:
+    """Show our own log from a level on; one that shows more already stays."""
     for package in PACKAGES:
-        logging.getLogger(package).setLevel(logging.DEBUG if debug else logging.INFO)
+        logger = logging.getLogger(package)
+        logger.setLevel(min(level, logger.level or level))
 
 
 if __name__ == "__main__":

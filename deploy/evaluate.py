@@ -1,0 +1,294 @@
+"""`dreamfleet eval`: play episodes with a run's newest checkpoint, here, without Ray or Redis."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from rich.table import Table
+
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config
+from deploy.progress import console, count, number
+from deploy.status import require_run
+
+SEED_OFFSET = 1_000_003
+"""Added to the run's seed, so that evaluation meets no episode that training has met."""
+VIDEO_FRAMES = 500
+"""Frames of an episode that a video shows at most."""
+VIDEO_WIDTH = 320
+"""Larger pictures are made smaller by whole factors."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Play episodes with a run's newest valid checkpoint; print the scores and write eval.json."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    episodes: int = 20
+    """Episodes to play."""
+    envs: int = 4
+    """Environments that are stepped side by side."""
+    greedy: bool = False
+    """Take the most likely actions; without it they are sampled, as for DreamerV3's scores."""
+    video: bool = False
+    """Also write the first episode as an animated GIF into videos/."""
+    seed: int | None = None
+    """Seed of environments and policy; None takes one that differs from training."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "envs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Env(Protocol):
+    """What playing needs of an environment; `actors.envs.make_env` builds them."""
+
+    def reset(self, seed: int | None = None) -> Arrays:
+        """Begin an episode and return the first observation."""
+
+    def step(self, action: Arrays) -> tuple[Arrays, float, bool, bool]:
+        """Return (observation, reward, terminated, truncated)."""
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """Return a picture (h, w, 3), or None where there is none."""
+
+
+class Player(Protocol):
+    """What playing needs of a policy; `dreamer.policy.Policy` is one."""
+
+    def step(
+        self, obs: Arrays, is_first: NDArray[np.bool_], mode: str = "sample"
+    ) -> tuple[Arrays, Arrays]:
+        """Return actions for all environments, and latents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One episode that was played."""
+
+    ret: float
+    """Sum of rewards."""
+    length: int
+    """Decisions."""
+    end: str
+    """``terminated`` or ``truncated``."""
+
+
+@dataclass
+class _Seat:
+    """One environment and the episode that is going on in it."""
+
+    env: Env
+    obs: Arrays
+    left: int
+    ret: float = 0.0
+    length: int = 0
+    is_first: bool = True
+    done: list[Episode] = field(default_factory=list)
+
+    def play(self, action: Arrays) -> None:
+        """Take one step; begin the next episode at an end if this seat has some left."""
+        self.obs, reward, terminated, truncated = self.env.step(action)
+        self.is_first = False
+        self.ret += float(reward)
+        self.length += 1
+        if terminated or truncated:
+            end = "terminated" if terminated else "truncated"
+            self.done.append(Episode(ret=self.ret, length=self.length, end=end))
+            self.left -= 1
+            self.ret, self.length = 0.0, 0
+            if self.left:
+                self.obs, self.is_first = self.env.reset(), True
+
+
+def evaluate(options: EvalOptions) -> int:
+    """Play, print the scores and write them to ``eval.json`` in the run directory.
+
+    Raises:
+        ConfigError: there is no run, or no checkpoint in it.
+    """
+    config = load_config(require_run(options.run_dir) / FILE_NAME)
+    found = _checkpoint(options.run_dir)
+    frames: list[NDArray[np.uint8]] = []
+    with console().status(f"playing {options.episodes} episodes of {config.env} …"):
+        episodes = _play_checkpoint(config, found, options, frames)
+    facts = found.manifest
+    result = {
+        "env": config.env,
+        "checkpoint": found.path.name,
+        "env_steps": facts["env_steps"],
+        "updates": facts["update"],
+        "mode": "greedy" if options.greedy else "sample",
+        **statistics_of(episodes),
+        "episodes": [asdict(episode) for episode in episodes],
+    }
+    _write(options.run_dir / "eval.json", json.dumps(result, indent=2).encode())
+    if options.video:
+        result["video"] = str(_write_video(options.run_dir, frames, facts["env_steps"]) or "-")
+    _show(result, options.run_dir)
+    return 0
+
+
+def play(
+    policy: Player,
+    envs: Sequence[Env],
+    episodes: int,
+    *,
+    seed: int = 0,
+    mode: str = "sample",
+    watch: Callable[[Env, Arrays], None] | None = None,
+) -> list[Episode]:
+    """Play episodes in several environments side by side.
+
+    Every environment plays its share to the end, however long that takes: taking the episodes that
+    end first would favour short ones.
+
+    Args:
+        policy: acts in all environments at once.
+        envs: the environments; no more are used than there are episodes.
+        episodes: how many to play.
+        seed: the i-th environment starts from seed + i.
+        mode: "sample" or "greedy".
+        watch: called with the first environment and observation at every step of its first episode.
+    """
+    seats = [
+        _Seat(env=env, obs=env.reset(seed=seed + i), left=_share(episodes, len(envs), i))
+        for i, env in enumerate(envs[:episodes])
+    ]
+    while any(seat.left for seat in seats):
+        if watch and not seats[0].done:
+            watch(seats[0].env, seats[0].obs)
+        obs = {key: np.stack([seat.obs[key] for seat in seats]) for key in seats[0].obs}
+        first = np.array([seat.is_first for seat in seats])
+        actions, _ = policy.step(obs, first, mode=mode)
+        for i, seat in enumerate(seats):
+            if seat.left:
+                seat.play({key: value[i] for key, value in actions.items()})
+    return [episode for seat in seats for episode in seat.done]
+
+
+def statistics_of(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Return mean, spread and extremes of the returns, and the mean length."""
+    returns = [episode.ret for episode in episodes]
+    return {
+        "mean": statistics.fmean(returns),
+        "std": statistics.pstdev(returns),
+        "min": min(returns),
+        "max": max(returns),
+        "mean_length": statistics.fmean(episode.length for episode in episodes),
+    }
+
+
+def _checkpoint(directory: Path) -> Any:
+    from learner.checkpoint import load_newest
+
+    found = load_newest(directory / "checkpoints")
+    if found is None:
+        raise ConfigError(f"{directory} has no checkpoint yet; let it train a little longer")
+    for skipped in found.skipped:
+        console().print(f"skipped a damaged checkpoint: {skipped}", style="yellow")
+    return found
+
+
+def _play_checkpoint(
+    config: TrainConfig, found: Any, options: EvalOptions, frames: list[NDArray[np.uint8]]
+) -> list[Episode]:
+    from actors.envs import make_env
+
+    seed = config.seed + SEED_OFFSET if options.seed is None else options.seed
+    envs: list[Any] = []
+    try:
+        for i in range(min(options.envs, options.episodes)):
+            envs.append(make_env(config.env, config.environment, seed + i))
+        return play(
+            _policy(config, found, envs[0], seed),
+            envs,
+            options.episodes,
+            seed=seed,
+            mode="greedy" if options.greedy else "sample",
+            watch=_camera(frames) if options.video else None,
+        )
+    finally:
+        for env in envs:
+            env.close()
+
+
+def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Player:
+    import torch
+
+    from dreamer.agent import POLICY_PARTS
+    from dreamer.policy import Policy
+    from dreamer.weights import pack
+
+    policy = Policy(config.agent, env.obs_space, env.action_space, seed=seed)
+    prefixes = tuple(f"{part}." for part in POLICY_PARTS)
+    tensors = {k: v for k, v in found.state["agent"].items() if k.startswith(prefixes)}
+    version = (found.manifest["fence"], found.manifest["update"])
+    policy.load(pack(tensors, version, dtype=torch.float32))
+    return policy
+
+
+def _camera(frames: list[NDArray[np.uint8]]) -> Callable[[Env, Arrays], None]:
+    """Return a watcher that keeps pictures: what is drawn, else what the agent sees."""
+
+    def watch(env: Env, obs: Arrays) -> None:
+        if len(frames) >= VIDEO_FRAMES:
+            return
+        picture = env.render()
+        if picture is None:
+            picture = next((x for x in obs.values() if x.dtype == np.uint8 and x.ndim == 3), None)
+        if picture is not None:
+            step = max(1, picture.shape[1] // VIDEO_WIDTH)
+            small = picture[::step, ::step, -3:]
+            frames.append(np.repeat(small, 3, axis=-1) if small.shape[-1] == 1 else small)
+
+    return watch
+
+
+def _write_video(directory: Path, frames: list[NDArray[np.uint8]], env_steps: int) -> Path | None:
+    from learner.video import encode_gif
+
+    if not frames:
+        console().print("no video: this environment draws nothing", style="yellow")
+        return None
+    path = directory / "videos" / f"eval-{env_steps:010d}.gif"
+    path.parent.mkdir(exist_ok=True)
+    _write(path, encode_gif(np.stack(frames)))
+    return path
+
+
+def _write(path: Path, data: bytes) -> None:
+    from learner.files import write_atomically
+
+    write_atomically(path, data)
+
+
+def _share(whole: int, parts: int, index: int) -> int:
+    parts = min(whole, parts)
+    return whole // parts + (index < whole % parts)
+
+
+def _show(result: dict[str, Any], directory: Path) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_row("environment", result["env"])
+    trained = f"{count(result['env_steps'])} steps, {count(result['updates'])} updates"
+    table.add_row("checkpoint", f"{result['checkpoint']} ({trained})")
+    spread = f"± {number(result['std'])}, {number(result['min'])} to {number(result['max'])}"
+    played = f"over {len(result['episodes'])} episodes, {result['mode']}"
+    table.add_row("return", f"[bold green]{number(result['mean'])}[/] {spread} {played}")
+    table.add_row("length", number(result["mean_length"]))
+    table.add_row("written", str(directory / "eval.json"))
+    if "video" in result:
+        table.add_row("video", result["video"])
+    console().print(table)
