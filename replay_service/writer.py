@@ -499,7 +499,10 @@ class ChunkWriter:
         self._versions, self._episodes = [], []
 
     def close(self) -> None:
-        """Send what is left and end the stream; an unfinished episode counts as abandoned."""
+        """Send what is left and end the stream.
+
+        An unfinished episode is reported as abandoned if records remain to carry the report.
+        """
         if self._open and self._fill:
             self._end_episode("abandoned")
         self.flush()
