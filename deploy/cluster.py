@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
-import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from deploy.sentinel import Sentinel
 
 log = logging.getLogger(__name__)
 
@@ -25,60 +26,40 @@ class ClusterError(RuntimeError):
 
 
 @contextmanager
-def ray_cluster(address: str, *, cpus: int, note: Path) -> Iterator[None]:
+def ray_cluster(address: str, *, cpus: int, sentinel: Sentinel) -> Iterator[None]:
     """Start a private Ray, or join the cluster at the address, for the time of the block.
 
-    A private Ray is reached by this process and its children alone: it listens on the loopback
-    interface, and a token made for this run guards what it opens elsewhere. It ends with this
-    process, whatever ends it; the file ``note`` remembers its temporary files, so that the next run
-    in the same directory can remove what a kill left behind.
+    A private Ray belongs to this process and its children: a token made for this run guards
+    whatever it listens on. It ends with this process, whatever ends it, and takes its temporary
+    files along.
 
     Args:
         address: ``local``, ``auto`` or ``host:port``.
         cpus: slots for actors of a private Ray.
-        note: file for the place of its temporary files.
+        sentinel: ends what a kill of this process leaves of it.
 
     Raises:
         ClusterError: nothing answers, or it cannot be started.
     """
-    import ray
-
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # A machine without GPUs would otherwise warn, and actors must not hide the learner's devices.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    temp = None
     try:
         if address == "local":
-            temp = _start_private(cpus, note)
+            _start_private(cpus, sentinel)
         else:
             _join(address)
         yield
     finally:
+        import ray
+
         ray.shutdown()
-        if temp is not None:
-            shutil.rmtree(temp, ignore_errors=True)
-            note.unlink(missing_ok=True)
 
 
-def remove_leftovers(note: Path) -> None:
-    """Remove the temporary files that a killed run of the same directory left behind."""
-    try:
-        left = Path(json.loads(note.read_text())["temp"])
-    except (OSError, ValueError, KeyError):
-        return
-    if left.name.startswith(TEMP_PREFIX):
-        shutil.rmtree(left, ignore_errors=True)
-    note.unlink(missing_ok=True)
-
-
-def _start_private(cpus: int, note: Path) -> Path:
-    import ray
-
+def _start_private(cpus: int, sentinel: Sentinel) -> None:
     # Ray's sockets lie below this folder and their paths are limited to 107 characters.
     temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=_short_temp()))
-    note.write_text(json.dumps({"temp": str(temp)}))
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
+    sentinel.owns(temp)
+    _set_environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)})
+    import ray
+
     try:
         ray.init(
             address="local",
@@ -90,6 +71,7 @@ def _start_private(cpus: int, note: Path) -> Path:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
             _temp_dir=str(temp),
+            _system_config={"enable_metrics_collection": False},
         )
     except (RuntimeError, OSError, ValueError, ConnectionError) as error:
         raise ClusterError(
@@ -97,13 +79,12 @@ def _start_private(cpus: int, note: Path) -> Path:
             "and its logs were in the folder named above"
         ) from error
     log.info("ray_started temp=%s cpus=%d", temp, cpus)
-    return temp
 
 
 def _join(address: str) -> None:
+    _set_environment({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")})
     import ray
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         ray.init(
             address=address,
@@ -117,6 +98,20 @@ def _join(address: str) -> None:
             "RAY_AUTH_MODE as the cluster has it, or leave --ray out for a local one"
         ) from error
     log.info("ray_joined address=%s", address)
+
+
+def _set_environment(authentication: dict[str, str]) -> None:
+    """Set what Ray and its processes read; also where Ray was imported, and has read it, before."""
+    imported = "ray" in sys.modules
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Actors without a GPU must not hide the learner's devices, nor warn that they do not.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.update(authentication)
+    if imported:
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _short_temp() -> str | None:

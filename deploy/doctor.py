@@ -195,14 +195,14 @@ def ray_cluster() -> Iterator[Check]:
     """Start a private Ray, call one remote function, and stop it."""
     from deploy.cluster import ClusterError
     from deploy.cluster import ray_cluster as cluster
+    from deploy.sentinel import Sentinel
 
     begin = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            with cluster("local", cpus=1, note=Path(folder) / "note"):
-                import ray
+        with Sentinel() as sentinel, cluster("local", cpus=1, sentinel=sentinel):
+            import ray
 
-                answer = ray.get(ray.remote(num_cpus=0)(lambda: 42).remote(), timeout=60)
+            answer = ray.get(ray.remote(num_cpus=0)(lambda: 42).remote(), timeout=60)
     except (ClusterError, OSError, RuntimeError, TimeoutError) as error:
         yield Check(
             name="ray",
