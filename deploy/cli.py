@@ -20,8 +20,7 @@ PACKAGES = ("dreamer", "replay_service", "actors", "learner", "deploy", "benchma
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
 
 Options = TypeVar("Options")
-_BOX = re.compile("^[│|] ?(.*?) *[│|]$")
-_RULE = re.compile("^[─-]+$")
+_RULE = re.compile("[─╭╮╰╯-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,17 +230,15 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _first_sentences(box: str) -> str:
-    """Return what stands in a parser's framed message above its first rule."""
-    lines = []
-    for line in box.splitlines():
-        inside = _BOX.match(line.strip())
-        if inside and _RULE.match(inside[1].strip()):
+    """Return what stands in a parser's message below its title and above its first rule."""
+    found: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip().strip("│").strip()
+        if not _RULE.fullmatch(text):
+            found.append(text)
+        elif found:
             break
-        if inside:
-            lines.append(inside[1].strip())
-    text = " ".join(lines) or box.strip().splitlines()[-1]
-    text = re.sub(r"^Error parsing [\w.]+: (?=\S)", "", text)
-    return re.sub(r"^(?:Error parsing |\S+: error: )(?=\S)", "", text)
+    return re.sub(r"^(?:Error parsing [\w.]+: |Error parsing |\S+: error: )", "", " ".join(found))
 
 
 def _is_expected(error: BaseException) -> bool:

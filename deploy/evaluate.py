@@ -32,7 +32,7 @@ Arrays = dict[str, NDArray[Any]]
 class EvalOptions:
     """Play episodes with a run's newest valid checkpoint; print the scores and write eval.json."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run directory."""
     episodes: int = 20
     """Episodes to play."""

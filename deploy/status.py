@@ -23,7 +23,7 @@ CLOCK_SLACK_S = 5.0
 class StatusOptions:
     """Show how a run is doing, or how it ended."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
     """Run directory."""
     json: bool = False
     """Print the last snapshot as JSON, with its age in seconds and whether the run is alive."""

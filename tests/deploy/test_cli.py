@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import COMMANDS, main, parse_train
+from deploy.config import ConfigError, enter_run_directory
+from deploy.presets import preset
+
+HEAVY = ("torch", "ray", "gymnasium", "matplotlib", "tensorboard", "tyro", "redis")
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what went to the error stream, without colours."""
+    return re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("trian", "unknown command trian; did you mean train?"),
+        ("train --batch-size 4", "unknown flag --batch-size; did you mean --learner.batch-size?"),
+        ("train --agent.rssm.deterr 8", "did you mean --agent.rssm.deter?"),
+        ("train --preset v3-catpole", "did you mean v3-cartpole?"),
+        ("train --size 12", "unknown --size 12"),
+        ("train --steps many", "--steps: invalid literal"),
+        ("train --steps", "--steps"),
+        ("train --learner.mode fast", "--learner.mode"),
+        ("train --agent.rssm.deter 13", "must be a multiple of rssm.blocks"),
+        ("train --device tpu", "--device must be auto, cpu, cuda"),
+        ("train surprise", "surprise"),
+        ("eval", "RUN_DIR"),
+        ("eval nowhere", "there is no run in nowhere"),
+        ("status nowhere", "there is no run in nowhere"),
+        ("eval x --epsiodes 3", "did you mean --episodes?"),
+        ("doctor --all", "unknown flag --all"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    line: str, want: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    text = said(capsys)
+    assert text.startswith("dreamfleet: error: ") and want in text
+    assert text.count("\n") == 1 and "Traceback" not in text
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError):
+        main(["train", "--steps", "0", "--debug"])
+
+
+def test_help_of_train_shows_every_field_with_its_meaning(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in """--preset --size --run-dir --env --steps --seed --actors --envs-per-actor
+        --train-ratio --device --redis --ray --lockstep --agent.rssm.deter
+        --learner.batch-size --replay.capacity-steps --environment.image-size""".split():
+        assert re.search(rf"{re.escape(flag)}\b", shown), flag
+    assert "Width D of the deterministic state" in re.sub(r"[│\s]+", " ", shown)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("train", "bench")])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: dreamfleet {command}" in capsys.readouterr().out
+
+
+def test_without_a_command_all_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name}" in shown for name in COMMANDS)
+
+
+def test_flags_change_single_fields_on_top_of_preset_and_size() -> None:
+    line = "--preset v3-dmc-proprio --size 12m --agent.rssm.deter 1024 --seed 3 --lockstep"
+    config = parse_train(line.split())
+    assert (config.env, config.seed, config.lockstep) == ("dmc:walker-walk", 3, True)
+    assert (config.agent.rssm.deter, config.agent.rssm.hidden) == (1024, 256)
+    assert config.size == "12m"
+
+
+def test_run_directory_alone_continues_with_what_it_was_started_with(tmp_path: Path) -> None:
+    started = parse_train(["--preset", "v3-minigrid", "--run-dir", str(tmp_path), "--seed", "5"])
+    enter_run_directory(started)
+    assert parse_train(["--run-dir", str(tmp_path)]) == started
+    longer = parse_train(["--run-dir", str(tmp_path), "--steps", "600000"])
+    assert (longer.steps, longer.seed) == (600_000, 5)
+
+
+def test_default_is_the_cartpole_preset() -> None:
+    assert parse_train([]) == preset("v3-cartpole")
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, deploy.cli\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+        "code = deploy.cli.main(['train', '--help'])\n"
+        "heavy = sorted({'torch', 'ray', 'gymnasium'} & set(sys.modules))\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    # Half a second on an idle core; the bound leaves room for a busy machine.
+    assert time.monotonic() - begin < 10

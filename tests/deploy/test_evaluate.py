@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from deploy.config import ConfigError
+from deploy.evaluate import EvalOptions, play, statistics_of
+
+Arrays = dict[str, NDArray[Any]]
+
+
+class Countdown:
+    """An environment whose n-th episode takes n steps and pays one for each."""
+
+    def __init__(self, terminates: bool = True) -> None:
+        self.length, self.clock, self.terminates = 0, 0, terminates
+        self.seeds: list[int | None] = []
+
+    def reset(self, seed: int | None = None) -> Arrays:
+        self.seeds.append(seed)
+        self.length, self.clock = self.length + 1, 0
+        return {"vector": np.zeros(2, np.float32)}
+
+    def step(self, action: Arrays) -> tuple[Arrays, float, bool, bool]:
+        assert action["action"].shape == ()
+        self.clock += 1
+        over = self.clock == self.length
+        obs = {"vector": np.full(2, self.clock, np.float32)}
+        return obs, 1.0, over and self.terminates, over and not self.terminates
+
+    def render(self) -> None:
+        return None
+
+
+class Scribe:
+    """A policy that writes down where it was told that episodes begin."""
+
+    def __init__(self) -> None:
+        self.firsts: list[list[bool]] = []
+        self.modes: set[str] = set()
+
+    def step(
+        self, obs: Arrays, is_first: NDArray[np.bool_], mode: str = "sample"
+    ) -> tuple[Arrays, Arrays]:
+        assert obs["vector"].shape == (len(is_first), 2)
+        self.firsts.append(is_first.tolist())
+        self.modes.add(mode)
+        return {"action": np.zeros(len(is_first), np.int32)}, {}
+
+
+def test_every_environment_plays_its_share_to_the_end() -> None:
+    episodes = play(Scribe(), [Countdown(), Countdown(), Countdown()], 7)
+    assert [episode.length for episode in episodes] == [1, 2, 3, 1, 2, 1, 2]
+    assert [episode.ret for episode in episodes] == [1, 2, 3, 1, 2, 1, 2]
+
+
+def test_no_more_environments_are_used_than_episodes() -> None:
+    envs = [Countdown(), Countdown()]
+    assert len(play(Scribe(), envs, 1)) == 1
+    assert not envs[1].seeds
+
+
+def test_policy_is_told_of_every_first_step_and_the_mode() -> None:
+    scribe = Scribe()
+    play(scribe, [Countdown()], 3, mode="greedy")
+    assert [first for (first,) in scribe.firsts] == [True, True, False, True, False, False]
+    assert scribe.modes == {"greedy"}
+
+
+def test_each_environment_starts_from_its_own_seed() -> None:
+    envs = [Countdown(), Countdown()]
+    play(Scribe(), envs, 4, seed=70)
+    assert [env.seeds for env in envs] == [[70, None], [71, None]]
+
+
+def test_end_says_whether_the_episode_terminated() -> None:
+    assert [e.end for e in play(Scribe(), [Countdown(terminates=False)], 1)] == ["truncated"]
+    assert [e.end for e in play(Scribe(), [Countdown()], 1)] == ["terminated"]
+
+
+def test_first_episode_of_the_first_environment_is_watched() -> None:
+    seen = []
+    play(Scribe(), [Countdown(), Countdown()], 4, watch=lambda env, obs: seen.append(env))
+    assert len(seen) == 1
+
+
+def test_statistics_are_those_of_the_returns() -> None:
+    numbers = statistics_of(play(Scribe(), [Countdown()], 3))
+    assert numbers == pytest.approx(
+        {"mean": 2, "std": (2 / 3) ** 0.5, "min": 1, "max": 3, "mean_length": 2}
+    )
+
+
+def test_nothing_to_play_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match="--episodes must be at least 1, got 0"):
+        EvalOptions(run_dir=tmp_path, episodes=0)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+
+from deploy.config import ConfigError, TrainConfig
+from deploy.presets import PRESETS, preset
+from dreamer.presets import SIZES
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_builds_and_remembers_its_name(name: str) -> None:
+    config = preset(name)
+    assert (config.preset, config.size) == (name, PRESETS[name].size)
+    assert config.replay.capacity_steps <= max(config.steps, 100_000)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_size_sets_all_widths_and_nothing_else(size: str) -> None:
+    small, chosen = preset("v3-cartpole"), preset("v3-cartpole", size)
+    deter, hidden, classes, depth, units = SIZES[size]
+    assert (chosen.agent.rssm.deter, chosen.agent.rssm.hidden) == (deter, hidden)
+    assert (chosen.agent.rssm.classes, chosen.agent.encoder.depth) == (classes, depth)
+    assert chosen.agent.actor.units == units
+    assert chosen.agent.optim == small.agent.optim
+    assert chosen.learner == small.learner
+
+
+def test_published_numbers_are_the_published_ones() -> None:
+    want = {
+        "v3-dmc-proprio": ("1m", 300_000, 512.0),
+        "v3-dmc-vision": ("12m", 600_000, 512.0),
+        "v3-atari": ("200m", 51_000_000, 32.0),
+        "v3-atari100k": ("200m", 110_000, 256.0),
+        "v3-crafter": ("200m", 1_100_000, 512.0),
+    }
+    got = {name: (preset(name).size, preset(name).steps, preset(name).train_ratio) for name in want}
+    assert got == want
+
+
+def test_unknown_preset_and_size_name_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError, match="did you mean v3-cartpole.*v3-minigrid"):
+        preset("v3-cartpol")
+    with pytest.raises(ConfigError, match=r"unknown --size 13m; did you mean 1\w*m"):
+        preset("v3-cartpole", "13m")
+
+
+def test_help_of_the_top_level_lists_every_preset_and_size() -> None:
+    import inspect
+
+    text = inspect.getsource(TrainConfig)
+    for name in [*PRESETS, *SIZES]:
+        assert name in text, name
