@@ -1,0 +1,306 @@
+"""Replay: inserts against a raw SET of the same bytes, gathering against memcpy in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+import torch
+from rich.table import Table
+
+from replay_service import (
+    Chunk,
+    Column,
+    EmbeddedServer,
+    Limits,
+    Mirror,
+    ReplayClient,
+    ReplayConfig,
+    Schema,
+    Uploader,
+    encode_chunk,
+)
+from replay_service.pages import PageIndex, page_count
+from replay_service.schema import REQUIRED
+from replay_service.storage import DeviceStorage, gather, window_rows
+
+IMAGES = Schema(
+    (
+        Column("image", "uint8", (64, 64, 3)),
+        *(Column(*row) for row in REQUIRED),
+        Column("action", "int32"),
+    )
+)
+VECTORS = Schema(
+    (
+        Column("vector", "float32", (16,)),
+        *(Column(*row) for row in REQUIRED),
+        Column("action", "int32"),
+    )
+)
+CHUNK, PAGE, BATCH, WINDOW = 64, 64, 16, 65
+GIB = 2**30
+
+
+def run(*, threads: int = 2, quick: bool = False) -> dict[str, Any]:
+    """Measure inserting, following and sampling; takes about a minute, or a few seconds if quick.
+
+    Args:
+        threads: of the gathering and of the memcpy that it is compared with.
+        quick: small sizes, to see that everything runs.
+
+    Returns:
+        Plain numbers, ready for JSON; `table` shows them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return {
+            "threads": threads,
+            "insert": [_insert(kind, 20 if quick else 300) for kind in CONTENT],
+            "follow": _follow(2_000 if quick else 20_000),
+            "gather": _gather(4_096 if quick else 100_000, 5 if quick else 200),
+            "scaling": [
+                _sampling_at(steps, 5 if quick else 300)
+                for steps in ((10**4, 10**5) if quick else (10**4, 10**5, 10**6))
+            ],
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def table(result: dict[str, Any]) -> Table:
+    """Return the results as a table for a terminal."""
+    shown = Table("measure", "value", "compared with", "share", title="replay")
+    for row in result["insert"]:
+        shown.add_row(
+            f"insert, {row['content']} frames ({row['compression']:.1f}x)",
+            f"{row['insert_mb_s']:.0f} MB/s",
+            f"SET of the same bytes {row['set_mb_s']:.0f} MB/s",
+            f"{row['share_of_set']:.2f}",
+        )
+        shown.add_row(
+            "  append, encode, insert",
+            f"{row['end_to_end_steps_s']:.0f} steps/s",
+            f"{row['end_to_end_raw_mb_s']:.0f} MB/s before compression",
+            "",
+        )
+    follow = result["follow"]
+    shown.add_row("mirror follows the log", f"{follow['steps_s']:.0f} steps/s", "", "")
+    found = result["gather"]
+    shown.add_row(
+        f"gather {BATCH}x{WINDOW} windows, {found['resident_mb']:.0f} MB resident",
+        f"{found['gather_gb_s']:.1f} GB/s, {found['windows_s']:.0f} windows/s",
+        f"memcpy {found['memcpy_gb_s']:.1f} GB/s",
+        f"{found['share_of_memcpy']:.2f}",
+    )
+    for row in result["scaling"]:
+        shown.add_row(
+            f"choose and gather vectors from {row['steps']} steps",
+            f"{row['sample_us']:.0f} us",
+            f"absorb a chunk {row['absorb_us']:.0f} us",
+            "",
+        )
+    return shown
+
+
+def _regular(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """Flat background with a small moving block, as in simple games."""
+    frames = np.full((steps, 64, 64, 3), 40, np.uint8)
+    for i, frame in enumerate(frames):
+        x = int(rng.integers(0, 56))
+        frame[i % 56 : i % 56 + 6, x : x + 6] = (200, 30, 80)
+    return frames
+
+
+def _textured(rng: np.random.Generator, steps: int) -> np.ndarray:
+    """Tiles from a small set in changing places, as in Crafter."""
+    tiles = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)
+    places = rng.integers(0, 12, (steps, 8, 8))
+    return np.ascontiguousarray(tiles[places].transpose(0, 1, 3, 2, 4, 5).reshape(steps, 64, 64, 3))
+
+
+def _noise(rng: np.random.Generator, steps: int) -> np.ndarray:
+    return rng.integers(0, 256, (steps, 64, 64, 3), np.uint8)
+
+
+CONTENT: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+    "regular": _regular,
+    "textured": _textured,
+    "noise": _noise,
+}
+
+
+def _columns(schema: Schema, steps: int, content: np.ndarray | None = None) -> dict[str, Any]:
+    columns = {c.name: np.zeros((steps, *c.shape), c.dtype) for c in schema.columns}
+    columns["is_first"][0] = True
+    if content is not None:
+        columns["image"] = content
+    return columns
+
+
+@contextmanager
+def _server() -> Iterator[tuple[EmbeddedServer, ReplayClient]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as directory,
+        EmbeddedServer(Path(directory), max_memory_bytes=2 * GIB) as server,
+    ):
+        client = ReplayClient(server.url)
+        try:
+            yield server, client
+        finally:
+            client.close()
+
+
+def _insert(kind: str, count: int) -> dict[str, Any]:
+    """Alternate inserts with SETs of the same bytes, both keeping 32 of them on the server."""
+    content = CONTENT[kind](np.random.default_rng(0), CHUNK)
+    columns = _columns(IMAGES, CHUNK, content)
+    blob = encode_chunk(Chunk("bench", 1, 1, 0, columns), IMAGES)
+    insert_s, set_s = list[float](), list[float]()
+    with _server() as (server, client), redis.Redis.from_url(server.url) as plain:
+        client.create(IMAGES, Limits(capacity_steps=32 * CHUNK, capacity_bytes=GIB))
+        for seq in range(1, count + 1):
+            started = time.perf_counter()
+            reply = client.insert(IMAGES, "bench@1", seq, CHUNK, blob)
+            middle = time.perf_counter()
+            plain.set(f"plain:{seq % 32}", blob)
+            set_s.append(time.perf_counter() - middle)
+            insert_s.append(middle - started)
+            assert reply.code == "OK", reply
+        steps_s = _end_to_end(client, columns, count)
+    insert_one, set_one = statistics.median(insert_s), statistics.median(set_s)
+    return {
+        "content": kind,
+        "chunk_bytes": len(blob),
+        "compression": CHUNK * IMAGES.step_bytes / len(blob),
+        "insert_mb_s": len(blob) / insert_one / 1e6,
+        "set_mb_s": len(blob) / set_one / 1e6,
+        "share_of_set": set_one / insert_one,
+        "insert_steps_s": CHUNK / insert_one,
+        "end_to_end_steps_s": steps_s,
+        "end_to_end_raw_mb_s": steps_s * IMAGES.step_bytes / 1e6,
+    }
+
+
+def _end_to_end(client: ReplayClient, columns: dict[str, Any], chunks: int) -> float:
+    """Append records one by one through an uploader until all are acknowledged: steps/s."""
+    rows = [{name: value[i] for name, value in columns.items()} for i in range(CHUNK)]
+    with Uploader(client, IMAGES, ReplayConfig(pending_chunks=4)) as uploader:
+        writer = uploader.open_stream("writer")
+        started = time.perf_counter()
+        for _ in range(chunks):
+            for row in rows:
+                writer.append(row)
+        assert uploader.drain(120)
+        return chunks * CHUNK / (time.perf_counter() - started)
+
+
+def _follow(steps: int) -> dict[str, Any]:
+    """Rebuild a mirror from a log of textured frames."""
+    content = _textured(np.random.default_rng(0), CHUNK)
+    with _server() as (_, client):
+        client.create(IMAGES, Limits(capacity_steps=steps, capacity_bytes=GIB))
+        for seq in range(1, steps // CHUNK + 1):
+            chunk = Chunk("a", 1, seq, (seq - 1) * CHUNK, _columns(IMAGES, CHUNK, content))
+            client.insert(IMAGES, chunk.sid, seq, CHUNK, encode_chunk(chunk, IMAGES))
+        mirror = Mirror(client, IMAGES, capacity_steps=steps, window_steps=WINDOW, placement="ram")
+        started = time.perf_counter()
+        mirror.start()
+        while not mirror.caught_up:
+            mirror.wait(1.0)
+            mirror.absorb()
+        seconds = time.perf_counter() - started
+        mirror.stop()
+    return {
+        "steps": mirror.size_steps,
+        "steps_s": mirror.size_steps / seconds,
+        "raw_mb_s": mirror.size_steps * IMAGES.step_bytes / seconds / 1e6,
+    }
+
+
+def _filled(schema: Schema, steps: int) -> tuple[DeviceStorage, PageIndex]:
+    """Return storage with `steps` steps of eight interleaved streams."""
+    pages = page_count(steps, PAGE)
+    storage = DeviceStorage(
+        schema, rows=pages * PAGE, pages=pages, placement="ram", device="cpu", directory=None
+    )
+    index = PageIndex(
+        pages=pages,
+        page_steps=PAGE,
+        window_steps=WINDOW,
+        capacity_steps=steps,
+        next_page=storage.host_next_page,
+        valid_cumsum=storage.host_cumsum,
+    )
+    for column in storage.columns.values():
+        column.view(torch.uint8).fill_(1)
+    for number in range(steps // CHUNK):
+        index.place(f"s{number % 8}", number // 8 + 1, number // 8 * CHUNK, CHUNK)
+    index.refresh()
+    return storage, index
+
+
+def _gather(steps: int, repeats: int) -> dict[str, Any]:
+    """Alternate gathering random windows with copying one stretch of the same size."""
+    storage, _ = _filled(IMAGES, steps)
+    out = {
+        name: torch.empty((BATCH, WINDOW, *column.shape[1:]), dtype=column.dtype)
+        for name, column in storage.columns.items()
+    }
+    image, target = storage.columns["image"], out["image"].view(BATCH * WINDOW, 64, 64, 3)
+    rng, nothing = np.random.default_rng(0), torch.full((BATCH,), -1)
+    gather_s, copy_s = list[float](), list[float]()
+    for _ in range(repeats + 2):
+        uniforms = torch.from_numpy(rng.random(BATCH))
+        first = int(rng.integers(0, len(image) - len(target)))
+        started = time.perf_counter()
+        rows = window_rows(uniforms, nothing, storage.valid_cumsum, storage.next_page, PAGE, WINDOW)
+        gather(storage.columns, rows, out)
+        middle = time.perf_counter()
+        target.copy_(image[first : first + len(target)])
+        copy_s.append(time.perf_counter() - middle)
+        gather_s.append(middle - started)
+    moved = sum(value.nbytes for value in out.values())
+    gather_one, copy_one = statistics.median(gather_s[2:]), statistics.median(copy_s[2:])
+    gather_rate, copy_rate = moved / gather_one / 1e9, target.nbytes / copy_one / 1e9
+    return {
+        "resident_mb": len(image) * IMAGES.step_bytes / 1e6,
+        "gather_gb_s": gather_rate,
+        "memcpy_gb_s": copy_rate,
+        "share_of_memcpy": gather_rate / copy_rate,
+        "windows_s": BATCH / gather_one,
+        "steps_s": BATCH * WINDOW / gather_one,
+    }
+
+
+def _sampling_at(steps: int, repeats: int) -> dict[str, Any]:
+    """Time choosing and gathering small records, and absorbing one chunk, at one replay size."""
+    storage, index = _filled(VECTORS, steps)
+    rng, nothing = np.random.default_rng(0), torch.full((BATCH,), -1)
+    chunk = _columns(VECTORS, CHUNK)
+    sample_s, absorb_s = list[float](), list[float]()
+    for number in range(repeats):
+        uniforms = torch.from_numpy(rng.random(BATCH))
+        started = time.perf_counter()
+        rows = window_rows(uniforms, nothing, storage.valid_cumsum, storage.next_page, PAGE, WINDOW)
+        gather(storage.columns, rows)
+        middle = time.perf_counter()
+        for row, count in index.place("new", number + 1, number * CHUNK, CHUNK):
+            storage.write(row, {name: value[:count] for name, value in chunk.items()})
+        index.refresh()
+        storage.publish_index()
+        absorb_s.append(time.perf_counter() - middle)
+        sample_s.append(middle - started)
+    return {
+        "steps": steps,
+        "sample_us": statistics.median(sample_s) * 1e6,
+        "absorb_us": statistics.median(absorb_s) * 1e6,
+    }
