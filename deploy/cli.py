@@ -204,12 +204,13 @@ def _refuse_unknown(options: Any, args: list[str], command: str) -> None:
 
 def _flags(options: Any, prefix: str) -> Iterator[str]:
     for item in fields(options):
-        value = getattr(options, item.name, None)
+        value: Any = getattr(options, item.name, None)
+        factory: Any = item.default_factory
         name = item.name.replace("_", "-")
         if is_dataclass(value) and not isinstance(value, type):
             yield from _flags(value, f"{prefix}{name}.")
-        elif is_dataclass(item.default_factory):
-            yield from _flags(item.default_factory, f"{prefix}{name}.")
+        elif is_dataclass(factory):
+            yield from _flags(factory, f"{prefix}{name}.")
         else:
             yield prefix + name
             head, _, tail = f"{prefix}{name}".rpartition(".")

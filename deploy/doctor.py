@@ -223,7 +223,7 @@ def rendering() -> Iterator[Check]:
     if importlib.util.find_spec("mujoco") is None:
         yield Check(name="rendering", state="ok", detail="not needed: mujoco is not installed")
         return
-    tried = []
+    tried: list[str] = []
     for backend in dict.fromkeys([os.environ.get("MUJOCO_GL") or "egl", "egl", "osmesa"]):
         took, error = _draw(backend)
         if took is not None:
