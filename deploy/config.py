@@ -184,23 +184,6 @@ def require_resumable(saved: TrainConfig, wanted: TrainConfig) -> None:
         )
 
 
-def enter_run_directory(config: TrainConfig) -> Path:
-    """Make the run directory, refuse one of another configuration, and save this one in it.
-
-    Raises:
-        ConfigError: it holds another run (the differences are listed), or cannot be written.
-    """
-    directory = config.directory
-    path = directory / FILE_NAME
-    if path.exists():
-        require_resumable(load_config(path), config)
-    try:
-        save_config(config, path)
-    except OSError as error:
-        raise ConfigError(f"cannot write into --run-dir {directory}: {error.strerror}") from error
-    return directory
-
-
 def config_hash(config: TrainConfig) -> str:
     """Return 12 hex digits over what defines the run: every field that may not change later."""
     fixed = {

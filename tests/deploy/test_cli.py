@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import COMMANDS, main, parse_train
-from deploy.config import ConfigError, enter_run_directory
+from deploy.config import FILE_NAME, ConfigError, save_config
 from deploy.presets import preset
 
 HEAVY = ("torch", "ray", "gymnasium", "matplotlib", "tensorboard", "tyro", "redis")
@@ -89,7 +89,7 @@ def test_flags_change_single_fields_on_top_of_preset_and_size() -> None:
 
 def test_run_directory_alone_continues_with_what_it_was_started_with(tmp_path: Path) -> None:
     started = parse_train(["--preset", "v3-minigrid", "--run-dir", str(tmp_path), "--seed", "5"])
-    enter_run_directory(started)
+    save_config(started, tmp_path / FILE_NAME)
     assert parse_train(["--run-dir", str(tmp_path)]) == started
     longer = parse_train(["--run-dir", str(tmp_path), "--steps", "600000"])
     assert (longer.steps, longer.seed) == (600_000, 5)

@@ -7,7 +7,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from deploy.config import (
     MAY_CHANGE,
@@ -15,9 +14,9 @@ from deploy.config import (
     TrainConfig,
     config_hash,
     differences,
-    enter_run_directory,
     from_dict,
     load_config,
+    require_resumable,
     resume_conflicts,
     save_config,
     with_values,
@@ -152,31 +151,16 @@ def test_fields_that_may_change_exist() -> None:
             value = getattr(value, part)
 
 
-def test_run_directory_of_another_configuration_is_refused_with_the_differences(
-    tmp_path: Path,
-) -> None:
-    saved = replace(preset("v3-cartpole"), run_dir=tmp_path / "run")
-    enter_run_directory(saved)
-    before = (tmp_path / "run" / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="seed: 0 there, 1 now"):
-        enter_run_directory(replace(saved, seed=1))
-    assert (tmp_path / "run" / "config.yaml").read_text() == before
-    with pytest.raises(ConfigError, match="and 4 more|4 more"):
-        enter_run_directory(replace(preset("v3-cartpole", "12m"), run_dir=tmp_path / "run"))
+def test_run_of_another_configuration_is_refused_with_the_differences() -> None:
+    saved = preset("v3-cartpole")
+    require_resumable(saved, replace(saved, steps=50_000))
+    with pytest.raises(ConfigError, match="runs/v3-cartpole-1 holds .*seed: 0 there, 1 now"):
+        require_resumable(saved, replace(saved, seed=1))
 
 
-def test_continued_run_saves_what_it_was_continued_with(tmp_path: Path) -> None:
-    saved = replace(preset("v3-cartpole"), run_dir=tmp_path / "run")
-    enter_run_directory(saved)
-    directory = enter_run_directory(replace(saved, steps=50_000))
-    assert yaml.safe_load((directory / "config.yaml").read_text())["steps"] == 50_000
-
-
-def test_run_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    config = replace(TrainConfig(), run_dir=tmp_path / "file" / "run")
-    with pytest.raises(ConfigError, match="cannot write into --run-dir"):
-        enter_run_directory(config)
+def test_long_lists_of_differences_are_cut_and_counted() -> None:
+    with pytest.raises(ConfigError, match="size: '1m' there, '12m' now; .*; 4 more"):
+        require_resumable(preset("v3-cartpole"), preset("v3-cartpole", "12m"))
 
 
 @pytest.mark.parametrize(

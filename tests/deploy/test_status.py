@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 
-from deploy.config import ConfigError, enter_run_directory
+from deploy.config import FILE_NAME, ConfigError, save_config
 from deploy.presets import preset
 from deploy.status import StatusOptions, read_status, require_run, status
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    from dataclasses import replace
-
-    return enter_run_directory(replace(preset("v3-cartpole"), run_dir=tmp_path / "run"))
+    save_config(preset("v3-cartpole"), tmp_path / "run" / FILE_NAME)
+    return tmp_path / "run"
 
 
 def write(run: Path, **values: Any) -> None:
