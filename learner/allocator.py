@@ -1,0 +1,33 @@
+"""Keep the C library from giving memory back between updates.
+
+An update on the CPU frees and takes hundreds of large tensors. By default glibc maps and unmaps
+each of them, so every update faults its pages in again; measured, that took from a third to two
+thirds of the whole update. With these settings freed memory stays in the heap, at the cost of a
+resident size that stays at its peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import logging
+
+log = logging.getLogger(__name__)
+
+# Parameters of mallopt(3); a trim threshold of -1 means never.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD_BYTES = 64 * 1024**2
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory. Returns False where there is no glibc.
+
+    Call once, before the first update; it changes nothing but speed and the resident size.
+    """
+    name = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
+    if mallopt is None:
+        log.info("allocator_unchanged reason=%s", "no mallopt in this C library")
+        return False
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
+    return all(mallopt(key, value) == 1 for key, value in settings)
