@@ -9,7 +9,8 @@
 --   payload  string  the encoded chunk; expires by itself until it is committed
 --   wake     stream  its newest entry (the only one) is the last settlement; writers block on it
 
--- False again after every load, restart or promotion, which no client could tell reliably.
+-- Epoch by meta key. Empty again after every load, restart or promotion, which no client could
+-- tell reliably.
 local booted = {}
 
 local EVICT_CHUNKS = 8
@@ -24,11 +25,13 @@ end
 
 -- Log ids must keep growing even if a restart has lost the end of the log.
 local function ensure_epoch(meta)
-  if booted[meta] then return end
-  local epoch = math.max(int(redis.call('HGET', meta, 'epoch')) + 1,
-                         int(redis.call('TIME')[1]))
-  redis.call('HSET', meta, 'epoch', whole(epoch))
-  booted[meta] = true
+  if not booted[meta] then
+    local epoch = whole(math.max(int(redis.call('HGET', meta, 'epoch')) + 1,
+                                 int(redis.call('TIME')[1])))
+    redis.call('HSET', meta, 'epoch', epoch)
+    booted[meta] = epoch
+  end
+  return booted[meta]
 end
 
 local function fields(entry)
@@ -42,12 +45,11 @@ local function forget_closed(seqs, sid, seq)
   if redis.call('HGET', seqs, sid) == seq .. 'c' then redis.call('HDEL', seqs, sid) end
 end
 
--- Drop whole chunks from the old end until `steps` and `bytes` fit. At most EVICT_CHUNKS, or as
--- many as free `least` steps, so that lowering a limit never stalls the server.
-local function evict(meta, log, seqs, steps, bytes, least, most)
-  local size = int(redis.call('HGET', meta, 'size'))
-  local held = int(redis.call('HGET', meta, 'bytes'))
-  local freed, freed_bytes, chunks = 0, 0, 0
+-- Drop whole chunks from the old end of a log of `size` steps and `held` bytes until `steps` and
+-- `bytes` fit. At most `most` chunks, or as many as free `least` steps, so that lowering a limit
+-- never stalls the server. Returns what was freed: chunks, steps, bytes. Counters are the caller's.
+local function evict(log, seqs, size, held, steps, bytes, least, most)
+  local chunks, freed, freed_bytes = 0, 0, 0
   while (size - freed > steps or held - freed_bytes > bytes)
       and (chunks < most or freed < least) do
     local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
@@ -57,17 +59,11 @@ local function evict(meta, log, seqs, steps, bytes, least, most)
     redis.call('DEL', entry.k)
     redis.call('XDEL', log, oldest[1])
     forget_closed(seqs, entry.s, entry.q)
+    chunks = chunks + 1
     freed = freed + int(entry.n)
     freed_bytes = freed_bytes + int(entry.b)
-    chunks = chunks + 1
   end
-  if chunks > 0 then
-    redis.call('HINCRBY', meta, 'size', whole(-freed))
-    redis.call('HINCRBY', meta, 'bytes', whole(-freed_bytes))
-    redis.call('HINCRBY', meta, 'chunks', whole(-chunks))
-    redis.call('HINCRBY', meta, 'evicted', whole(freed))
-  end
-  return {chunks, freed, freed_bytes}
+  return chunks, freed, freed_bytes
 end
 
 -- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size,
@@ -97,8 +93,9 @@ end
 local function insert(keys, args)
   local meta, log, seqs, payload = keys[1], keys[2], keys[3], keys[4]
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
-  local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'size', 'min_size',
-    'inserted', 'budget', 'cap_steps', 'cap_bytes', 'committed', 'wake')
+  local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'cap_steps',
+    'cap_bytes', 'min_size', 'budget', 'inserted', 'size', 'bytes', 'chunks', 'evicted',
+    'committed', 'wake')
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
 
@@ -106,13 +103,14 @@ local function insert(keys, args)
   if seq <= last then return {'DUP', last} end
   if seq ~= last + 1 then return {'GAP', last} end
 
-  if steps < 1 or steps > int(m[2]) or bytes > int(m[3]) or bytes > int(m[9])
-      or steps > int(m[8]) then
-    return {'TOOBIG', math.min(int(m[2]), int(m[8])), math.min(int(m[3]), int(m[9]))}
+  local cap_steps, cap_bytes = int(m[4]), int(m[5])
+  local most_steps, most_bytes = math.min(int(m[2]), cap_steps), math.min(int(m[3]), cap_bytes)
+  if steps < 1 or steps > most_steps or bytes > most_bytes then
+    return {'TOOBIG', most_steps, most_bytes}
   end
-  local size, inserted, budget = int(m[4]), int(m[6]), int(m[7])
-  if size >= int(m[5]) and inserted + steps > budget then
-    return {'WAIT', budget, inserted, m[11] or '0-0'}
+  local budget, inserted, size, held = int(m[7]), int(m[8]), int(m[9]), int(m[10])
+  if size >= int(m[6]) and inserted + steps > budget then
+    return {'WAIT', budget, inserted, m[14] or '0-0'}
   end
   local stored = redis.call('STRLEN', payload)
   if stored ~= bytes then
@@ -121,18 +119,17 @@ local function insert(keys, args)
     return {'NOPAYLOAD'}
   end
 
-  ensure_epoch(meta)
-  evict(meta, log, seqs, int(m[8]) - steps, int(m[9]) - bytes, steps, EVICT_CHUNKS)
+  local epoch = ensure_epoch(meta)
+  local gone, freed, freed_bytes = evict(log, seqs, size, held, cap_steps - steps,
+    cap_bytes - bytes, steps, EVICT_CHUNKS)
   redis.call('PERSIST', payload)
-  local number = int(m[10]) + 1
-  redis.call('XADD', log, redis.call('HGET', meta, 'epoch') .. '-' .. whole(number),
-    'k', payload, 'n', whole(steps), 'b', whole(bytes), 's', sid, 'q', whole(seq),
-    'g', whole(inserted))
+  local number = int(m[13]) + 1
+  redis.call('XADD', log, epoch .. '-' .. whole(number), 'k', payload, 'n', whole(steps),
+    'b', whole(bytes), 's', sid, 'q', whole(seq), 'g', whole(inserted))
   redis.call('HSET', seqs, sid, whole(seq))
-  redis.call('HINCRBY', meta, 'size', whole(steps))
-  redis.call('HINCRBY', meta, 'bytes', whole(bytes))
-  redis.call('HINCRBY', meta, 'chunks', 1)
-  redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number))
+  redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),
+    'size', whole(size + steps - freed), 'bytes', whole(held + bytes - freed_bytes),
+    'chunks', whole(int(m[11]) + 1 - gone), 'evicted', whole(int(m[12]) + freed))
   return {'OK', inserted + steps}
 end
 
@@ -194,8 +191,17 @@ end
 
 -- KEYS meta, log, seq; ARGV steps and bytes to shrink to, most chunks to drop.
 local function shrink(keys, args)
-  local gone = evict(keys[1], keys[2], keys[3], int(args[1]), int(args[2]), 0, int(args[3]))
-  return {'OK', gone[1], gone[2], gone[3]}
+  local meta = keys[1]
+  local m = redis.call('HMGET', meta, 'size', 'bytes')
+  local chunks, freed, freed_bytes = evict(keys[2], keys[3], int(m[1]), int(m[2]), int(args[1]),
+    int(args[2]), 0, int(args[3]))
+  if chunks > 0 then
+    redis.call('HINCRBY', meta, 'size', whole(-freed))
+    redis.call('HINCRBY', meta, 'bytes', whole(-freed_bytes))
+    redis.call('HINCRBY', meta, 'chunks', whole(-chunks))
+    redis.call('HINCRBY', meta, 'evicted', whole(freed))
+  end
+  return {'OK', chunks, freed, freed_bytes}
 end
 
 redis.register_function('replay_insert', insert)
