@@ -34,7 +34,7 @@ SETTLE_EVERY_S = 0.05
 SETTLE_RETRY_S = 1.0
 VIDEO_CONTEXT = 5
 """Frames that a video prediction sees before it imagines."""
-LATENTS = ("deter", "stoch")
+LATENTS = {"deter", "stoch"}
 
 
 class LearnerError(RuntimeError):
@@ -91,6 +91,11 @@ class Learner:
         self.outcome = ""
         self._values: dict[str, float] = {}
         self.checkpoint_failures = 0
+        if facts.lockstep:
+            # So that what is behind the last row written can be told from it, see `_latents`.
+            assert mirror.inserted_steps == 0, "a lockstep learner starts with an empty mirror"
+            for key in LATENTS & mirror.columns.keys():
+                mirror.columns[key].zero_()
         self._throttle = Throttle(next(agent.parameters()).device)
         start = time.monotonic()
         self._published_at, self._published_update = -math.inf, -1
@@ -387,9 +392,9 @@ class Learner:
     def _latents(self) -> dict[str, torch.Tensor]:
         """Return the stored latents, which the log has only as the actors first wrote them.
 
-        Rows that were never written are zero; those behind the last written one are left out.
+        Rows that were never written are zero, and those behind the last written one left out.
         """
-        found = {key: self.mirror.columns[key] for key in LATENTS if key in self.mirror.columns}
+        found = {key: self.mirror.columns[key] for key in LATENTS & self.mirror.columns.keys()}
         if not found:
             return {}
         written = found["deter"].any(-1).nonzero()

@@ -1,0 +1,68 @@
+"""The run directory: one run at a time, and always of the same configuration."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deploy.config import (
+    FILE_NAME,
+    ConfigError,
+    TrainConfig,
+    load_config,
+    require_resumable,
+    save_config,
+)
+
+log = logging.getLogger(__name__)
+
+LOCK = "lock"
+
+
+@contextmanager
+def run_directory(config: TrainConfig) -> Iterator[Path]:
+    """Lock the run directory for the time of the block, and leave the configuration in it.
+
+    Raises:
+        ConfigError: another process runs there, it holds a run of another configuration (the
+            differences are listed), or it cannot be written.
+    """
+    directory = config.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"the run directory {directory} cannot be used: {error}; choose another --run-dir"
+        ) from error
+    try:
+        _take(lock, directory)
+        saved = directory / FILE_NAME
+        if saved.exists():
+            require_resumable(load_config(saved), config)
+        elif left := sorted(p.name for p in directory.iterdir() if p.name != LOCK):
+            raise ConfigError(
+                f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose another "
+                "--run-dir"
+            )
+        save_config(config, saved)
+        yield directory
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, directory: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        raise ConfigError(
+            f"{directory} is in use by process {holder}; wait for that run, stop it "
+            f"(kill {holder}), or choose another --run-dir"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

@@ -1,0 +1,45 @@
+import os
+import signal
+
+import pytest
+
+from deploy.interrupts import Interrupted, Interrupts
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_training_ends_the_run_at_once(number: signal.Signals) -> None:
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted, match=number.name):
+            send(number)
+        assert interrupts.exit_code == 128 + number
+
+
+def test_the_first_signal_in_training_asks_and_the_second_ends() -> None:
+    asked = []
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted), interrupts.graceful(lambda: asked.append(1)):
+            send(signal.SIGINT)
+            assert asked == [1]
+            send(signal.SIGINT)
+        assert asked == [1]
+        assert interrupts.exit_code == 130
+
+
+def test_signals_while_closing_change_nothing() -> None:
+    with Interrupts() as interrupts:
+        with interrupts.graceful(lambda: None):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+        assert interrupts.exit_code == 128 + signal.SIGTERM
+
+
+def test_handlers_are_given_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
