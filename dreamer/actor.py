@@ -94,7 +94,7 @@ class ActionDist:
 
     def log_prob(self, flat: Tensor) -> Tensor:
         """Return log π(a) summed over the parts: (…, A) → (…)."""
-        slices = flat.split([part.size for part in self.parts], -1)
+        slices = torch.split(flat, [part.size for part in self.parts], -1)
         terms = [part.log_prob(x) for part, x in zip(self.parts, slices, strict=True)]
         return torch.stack(terms).sum(0)
 
@@ -176,8 +176,8 @@ class Actor(nn.Module):
             pieces = outputs[..., start : start + sum(widths)].split(widths, -1)
             start += sum(widths)
             if isinstance(spec, BoxAction):
-                config = self.config
-                parts.append(BoundedNormal(*pieces, config.min_std, config.max_std))
+                mean, std = pieces
+                parts.append(BoundedNormal(mean, std, self.config.min_std, self.config.max_std))
             else:
                 parts.extend(Categorical(piece, self.config.unimix) for piece in pieces)
         return ActionDist(parts)

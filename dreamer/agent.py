@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,14 @@ class Optimiser(Protocol):
         """Apply one update in place."""
 
 
+class PolicyParts(NamedTuple):
+    """What acting needs, and what is published."""
+
+    encoder: nn.Module
+    rssm: RSSM
+    actor: nn.Module
+
+
 class Group(NamedTuple):
     """Parameters that one optimiser moves, and the losses whose gradient moves them."""
 
@@ -73,6 +82,13 @@ class Agent(nn.Module):
         self.codec = ActionCodec(action_space)
         self.amp: torch.dtype | None = None
 
+    @staticmethod
+    def policy_parts(
+        config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace
+    ) -> PolicyParts:
+        """Return the parts that acting needs, with fresh parameters."""
+        raise NotImplementedError
+
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Tensor]]:
         """Train on one batch, without synchronising with the host.
 
@@ -95,9 +111,10 @@ class Agent(nn.Module):
         self.update_slow()
         return metrics, self.to_record(rollout.states)
 
-    def _precision(self, batch: Batch) -> torch.autocast:
-        device = batch.reward.device.type
-        return torch.autocast(device, dtype=self.amp, enabled=self.amp is not None)
+    def _precision(self, batch: Batch) -> AbstractContextManager[object]:
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(batch.reward.device.type, dtype=self.amp)
 
     def observe(self, batch: Batch) -> Rollout:
         """Return the posterior rollout of the batch, with gradient."""
@@ -138,10 +155,10 @@ class Agent(nn.Module):
         The recurrent steps are compiled once and called in a loop: compiling the unrolled loops
         takes minutes and gains little more.
         """
-        compiled: Any = torch.compile
-        self.rssm.observe_step = compiled(self.rssm.observe_step, dynamic=False)
-        for name in ("model_losses", "imagined_step", "behaviour_losses"):
-            setattr(self, name, compiled(getattr(self, name), dynamic=False))
+        parts: list[tuple[nn.Module, str]] = [(self.rssm, "observe_step")]
+        parts += [(self, name) for name in ("model_losses", "imagined_step", "behaviour_losses")]
+        for owner, name in parts:
+            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
 
     def optimise(self, losses: Losses) -> Metrics:
         """Step every group on the scaled sum of its losses' means."""
@@ -183,7 +200,7 @@ class Agent(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k.startswith(prefixes)}
 
 
-POLICY_PARTS = ("encoder", "rssm", "actor")
+POLICY_PARTS = PolicyParts._fields
 
 
 def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> Agent:
@@ -195,12 +212,13 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
     return agent_class(config.name)(config, obs_space, action_space)
 
 
-def agent_class(name: str) -> Any:
+def agent_class(name: str) -> type[Agent]:
     """Return the class of a registered agent. Raises ValueError on unknown names."""
     if name not in AGENTS:
         raise ValueError(f"unknown agent {name!r}; choose one of {', '.join(sorted(AGENTS))}")
     module, _, attribute = AGENTS[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found: type[Agent] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def record_columns(
@@ -211,7 +229,7 @@ def record_columns(
     columns += [("reward", "float32", ())]
     columns += [(name, "bool", ()) for name in ("is_first", "is_last", "is_terminal")]
     if config.context:
-        parts = agent_class(config.name).policy_parts(config, obs_space, action_space)
-        columns.append(("deter", "float16", (parts["rssm"].core.deter,)))
-        columns.append(("stoch", *parts["rssm"].latent.record_spec()))
+        rssm = agent_class(config.name).policy_parts(config, obs_space, action_space).rssm
+        columns.append(("deter", "float16", (rssm.core.deter,)))
+        columns.append(("stoch", *rssm.latent.record_spec()))
     return columns

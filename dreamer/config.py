@@ -33,8 +33,9 @@ class RSSMConfig:
     def __post_init__(self) -> None:
         if self.deter % self.blocks:
             raise ValueError(
-                f"rssm.deter must be a multiple of rssm.blocks, got {self.deter} and {self.blocks}; "
-                f"try --agent.rssm.deter {self.blocks * max(1, self.deter // self.blocks)}"
+                f"rssm.deter must be a multiple of rssm.blocks, got {self.deter} and "
+                f"{self.blocks}; try --agent.rssm.deter "
+                f"{self.blocks * max(1, self.deter // self.blocks)}"
             )
         if not 2 <= self.classes <= 256:
             raise ValueError(

@@ -95,7 +95,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Spatial stem from the latent state, then doubling stages: → (n, s, s, c) before the sigmoid."""
+    """Spatial stem from the latent state, then doubling stages: → logits (n, s, s, c)."""
 
     def __init__(
         self,
@@ -131,7 +131,8 @@ class ConvDecoder(nn.Module):
         x = F.silu(self.stem_norm(spread + flat))
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
             x = F.silu(norm(conv(x)))
-        return self.convs[-1](x)
+        logits: Tensor = self.convs[-1](x)
+        return logits
 
 
 def check_image_size(key: str, size: int, stages: int) -> None:
@@ -140,6 +141,7 @@ def check_image_size(key: str, size: int, stages: int) -> None:
     if size % unit:
         down, up = max(unit, size // unit * unit), (size // unit + 1) * unit
         raise ValueError(
-            f"image {key!r} is {size}×{size}, but {stages} halving stages need a multiple of {unit} "
-            f"(the published sizes are 64 and 96); use --environment.image-size {down} or {up}"
+            f"image {key!r} is {size}×{size}, but {stages} halving stages need a multiple of "
+            f"{unit} (the published sizes are 64 and 96); use --environment.image-size {down} "
+            f"or {up}"
         )

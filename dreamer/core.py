@@ -36,7 +36,8 @@ class BlockGRU(nn.Module):
 
     def project_action(self, action: Tensor) -> Tensor:
         """(…, A) → (…, D): the part of the hidden layer that depends on the action alone."""
-        return self.hidden_action(self.action_in(ops.unit_scale(action)))
+        projected: Tensor = self.hidden_action(self.action_in(ops.unit_scale(action)))
+        return projected
 
     def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
         """Return the next deterministic state (N, D).

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from dreamer import ops
 from dreamer.config import DecoderConfig
 from dreamer.conv import ConvDecoder
-from dreamer.encoder import Tensors, image_groups, vector_keys
+from dreamer.encoder import (
+    Tensors,
+    image_channels,
+    image_groups,
+    vector_keys,
+    vector_width,
+)
 from dreamer.nets import MLP, Linear
-from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace, VectorSpec
+from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace
 
 
 class Decoder(nn.Module):
@@ -23,7 +29,7 @@ class Decoder(nn.Module):
         depths = tuple(config.depth * mult for mult in config.mults)
         self.towers = nn.ModuleDict()
         for size, keys in self.groups.items():
-            channels = sum(self._channels(key) for key in keys)
+            channels = sum(image_channels(space, key) for key in keys)
             self.towers[str(size)] = ConvDecoder(
                 size, channels, depths, config.kernel, deter, stoch, config.units, config.blocks
             )
@@ -31,19 +37,7 @@ class Decoder(nn.Module):
             self.mlp = MLP(deter + stoch, config.layers, config.units)
             self.outs = nn.ModuleDict()
             for key in self.vectors:
-                self.outs[key.replace(".", "/")] = Linear(config.units, self._outputs(key))
-
-    def _channels(self, key: str) -> int:
-        spec = self.space[key]
-        assert isinstance(spec, ImageSpec), spec
-        return spec.shape[2]
-
-    def _outputs(self, key: str) -> int:
-        spec = self.space[key]
-        if isinstance(spec, DiscreteSpec):
-            return spec.classes
-        assert isinstance(spec, VectorSpec), spec
-        return spec.shape[0]
+                self.outs[key.replace(".", "/")] = Linear(config.units, vector_width(space, key))
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensors:
         """(B, T, D), (B, T, S·K) → {key: (B, T, …)}.
@@ -57,9 +51,9 @@ class Decoder(nn.Module):
                 out[key] = self.outs[key.replace(".", "/")](hidden).float()
         for size, keys in self.groups.items():
             logits = self.towers[str(size)](deter.flatten(0, 1), stoch.flatten(0, 1)).float()
-            widths = [self._channels(key) for key in keys]
+            widths = [image_channels(self.space, key) for key in keys]
             for key, part in zip(keys, logits.split(widths, -1), strict=True):
-                out[key] = part.unflatten(0, lead)
+                out[key] = torch.unflatten(part, 0, lead)
         return out
 
     def losses(self, predicted: Tensors, obs: Tensors) -> Tensors:
@@ -79,7 +73,7 @@ class Decoder(nn.Module):
             flat = F.cross_entropy(
                 predicted.flatten(0, 1), target.long().flatten(), reduction="none"
             )
-            return flat.unflatten(0, target.shape[:2])
+            return torch.unflatten(flat, 0, target.shape[:2])
         return (predicted - ops.symlog(target.float())).square().sum(-1)
 
     def images(self, deter: Tensor, stoch: Tensor) -> Tensors:

@@ -24,9 +24,25 @@ def image_groups(space: ObsSpace) -> dict[int, list[str]]:
     return groups
 
 
+def image_channels(space: ObsSpace, key: str) -> int:
+    """Return the channels of an image key."""
+    spec = space[key]
+    assert isinstance(spec, ImageSpec), spec
+    return spec.shape[2]
+
+
 def vector_keys(space: ObsSpace) -> list[str]:
     """Return the sorted keys that the MLPs handle: vectors and discrete scalars."""
     return [key for key in sorted(space) if isinstance(space[key], VectorSpec | DiscreteSpec)]
+
+
+def vector_width(space: ObsSpace, key: str) -> int:
+    """Return the dimensions of a vector key, or the classes of a discrete one."""
+    spec = space[key]
+    if isinstance(spec, DiscreteSpec):
+        return spec.classes
+    assert isinstance(spec, VectorSpec), spec
+    return spec.shape[0]
 
 
 class Encoder(nn.Module):
@@ -43,21 +59,14 @@ class Encoder(nn.Module):
         self.outputs = 0
         for size, keys in self.groups.items():
             check_image_size(keys[0], size, len(depths))
-            channels = sum(space[key].shape[2] for key in keys)  # type: ignore[union-attr]
+            channels = sum(image_channels(space, key) for key in keys)
             tower = ConvEncoder(size, channels, depths, config.kernel)
             self.towers[str(size)] = tower
             self.outputs += tower.outputs
         if self.vectors:
-            inputs = sum(self._width(key) for key in self.vectors)
+            inputs = sum(vector_width(space, key) for key in self.vectors)
             self.mlp = MLP(inputs, config.layers, config.units)
             self.outputs += config.units
-
-    def _width(self, key: str) -> int:
-        spec = self.space[key]
-        if isinstance(spec, DiscreteSpec):
-            return spec.classes
-        assert isinstance(spec, VectorSpec), spec
-        return spec.shape[0]
 
     def forward(self, obs: Tensors) -> Tensor:
         parts, lead = [], next(iter(obs.values())).shape[:2]

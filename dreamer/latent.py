@@ -21,7 +21,7 @@ class OneHotLatent:
 
     def log_probs(self, stats: Tensor) -> Tensor:
         """(…, S·K) logits → (…, S, K) float32 log-probabilities after the uniform mix."""
-        return ops.log_unimix(stats.float().unflatten(-1, self.shape), self.unimix)
+        return ops.log_unimix(torch.unflatten(stats.float(), -1, self.shape), self.unimix)
 
     def sample(self, stats: Tensor) -> Tensor:
         """Draw z (…, S, K) with the gradient of its probabilities."""

@@ -47,7 +47,7 @@ class LaProp(nn.Module):
     @torch.no_grad()
     def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
         """Apply one update in place and return metrics as 0-d tensors."""
-        params = list(self._params)
+        params: list[Tensor] = list(self._params)
         squares = [getattr(self, f"square_{i}") for i in range(len(params))]
         momenta = [getattr(self, f"momentum_{i}") for i in range(len(params))]
         rate = self.rate()
@@ -63,7 +63,7 @@ class LaProp(nn.Module):
         torch._foreach_mul_(momenta, self.beta1)
         torch._foreach_add_(momenta, grads, alpha=1.0 - self.beta1)
         scale = (rate / (1.0 - self.beta1**self.count)).float()
-        steps = torch._foreach_mul(momenta, -scale)
+        steps = list(torch._foreach_mul(momenta, -scale))
         torch._foreach_add_(params, steps)
         update = torch.stack(torch._foreach_norm(steps)).norm()
         size = sum(param.numel() for param in params)
@@ -76,10 +76,10 @@ class LaProp(nn.Module):
         }
 
     def _clip(
-        self, params: list[nn.Parameter], grads: list[Tensor]
+        self, params: list[Tensor], grads: list[Tensor]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         grad_norms = torch.stack(torch._foreach_norm(grads))
         limits = torch.stack(torch._foreach_norm(params)).clamp_min(self.agc_floor) * self.agc
         factors = 1.0 / torch.clamp_min(grad_norms / limits, 1.0)
-        clipped = torch._foreach_mul(grads, list(factors.unbind()))
+        clipped = list(torch._foreach_mul(grads, list(factors.unbind())))
         return clipped, (grad_norms > limits).float().mean(), grad_norms.norm()

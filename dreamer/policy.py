@@ -33,12 +33,10 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         parts = agent_class(config.name).policy_parts(config, obs_space, action_space)
-        for name, part in parts.items():
-            self.add_module(name, part)
+        self.encoder, self.rssm, self.actor = parts
         self.config, self.codec = config, ActionCodec(action_space)
         self.requires_grad_(False)
         self.version: Version = (-1, -1)
-        self._latent = self.rssm.latent
         # Sampling draws from torch's global generator, so the stream of this policy is kept apart.
         self._random = torch.Generator().manual_seed(seed).get_state()
         self._state: tuple[Tensor, Tensor, Tensor] | None = None
@@ -54,9 +52,9 @@ class Policy(nn.Module):
         extra = [k for k in tensors if k not in own]
         if wrong or extra:
             raise WeightsError(
-                f"weights {weights.version} do not fit this policy: {len(wrong)} tensors missing or "
-                f"of another shape (first: {wrong[:1]}), {len(extra)} unknown (first: {extra[:1]}); "
-                "learner and actors must run the same configuration"
+                f"weights {weights.version} do not fit this policy: {len(wrong)} tensors missing "
+                f"or of another shape (first: {wrong[:1]}), {len(extra)} unknown (first: "
+                f"{extra[:1]}); learner and actors must run the same configuration"
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -108,7 +106,7 @@ class Policy(nn.Module):
         drive = self.rssm.core.project_action(previous * keep)
         deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep)
         dist = self.actor(torch.cat([deter, stoch], -1))
-        action = dist.sample() if mode == "sample" else dist.mode()
+        action: Tensor = dist.sample() if mode == "sample" else dist.mode()
         self._state = (deter, stoch, action)
         return action
 
@@ -117,5 +115,6 @@ class Policy(nn.Module):
         if not self.config.context:
             return {}
         deter, stoch, _ = self._state
-        indices = self._latent.to_record(stoch.unflatten(-1, self._latent.shape))
+        latent = self.rssm.latent
+        indices = latent.to_record(torch.unflatten(stoch, -1, latent.shape))
         return {"deter": deter.to(torch.float16).numpy(), "stoch": indices.numpy()}

@@ -57,7 +57,8 @@ class Posterior(nn.Module):
         weight = self.first.linear.weight[:, : self.deter]
         hidden = nn.functional.linear(deter, weight) + embed
         hidden = nn.functional.silu(self.first.norm(hidden))
-        return self.logits(self.rest(hidden))
+        logits: Tensor = self.logits(self.rest(hidden))
+        return logits
 
 
 class RSSM(nn.Module):
@@ -83,13 +84,14 @@ class RSSM(nn.Module):
 
     def initial(self, batch_size: int) -> State:
         """Return zeros for every member of the batch."""
-        device = self.prior_net[1].weight.device
+        device = self.posterior.logits.weight.device
         deter = torch.zeros(batch_size, self.core.deter, device=device)
         return State(deter, torch.zeros(batch_size, *self.latent.shape, device=device))
 
     def prior(self, deter: Tensor) -> Tensor:
         """Return the prior's logits (…, S·K) from (…, D)."""
-        return self.prior_net(deter)
+        logits: Tensor = self.prior_net(deter)
+        return logits
 
     def observe(
         self, embed: Tensor, prev_action: Tensor, is_first: Tensor, state: State
@@ -117,7 +119,7 @@ class RSSM(nn.Module):
             deters.append(deter)
             stochs.append(stoch)
             logits.append(stats)
-        stacked = torch.stack(stochs, 1).unflatten(-1, self.latent.shape)
+        stacked = torch.unflatten(torch.stack(stochs, 1), -1, self.latent.shape)
         return State(torch.stack(deters, 1), stacked), torch.stack(logits, 1)
 
     def observe_step(
@@ -129,6 +131,6 @@ class RSSM(nn.Module):
         return deter, self.latent.sample(stats).flatten(1), stats
 
     def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (deter (N, D), flat stoch (N, S·K)) after one prior step with a flat action (N, A)."""
+        """Return (deter (N, D), flat stoch (N, S·K)) after one prior step with action (N, A)."""
         deter = self.core(deter, stoch, self.core.project_action(action))
         return deter, self.latent.sample(self.prior(deter)).flatten(1)

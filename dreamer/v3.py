@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamer import ops
 from dreamer.actor import ActionCodec, Actor
-from dreamer.agent import Agent, Group, Losses, Metrics, Rollout, Trajectory
+from dreamer.agent import Agent, Group, Losses, Metrics, PolicyParts, Rollout, Trajectory
 from dreamer.batch import Batch
 from dreamer.config import AgentConfig
 from dreamer.core import BlockGRU
@@ -28,8 +28,7 @@ class DreamerV3(Agent):
 
     def __init__(self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
         super().__init__(config, obs_space, action_space)
-        for name, part in self.policy_parts(config, obs_space, action_space).items():
-            self.add_module(name, part)
+        self.encoder, self.rssm, self.actor = self.policy_parts(config, obs_space, action_space)
         deter, stoch = config.rssm.deter, self.rssm.latent.size
         feature = deter + stoch
         self.decoder = Decoder(obs_space, config.decoder, deter, stoch)
@@ -70,7 +69,7 @@ class DreamerV3(Agent):
     @staticmethod
     def policy_parts(
         config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace
-    ) -> dict[str, nn.Module]:
+    ) -> PolicyParts:
         """Return the encoder, RSSM and actor with fresh parameters."""
         encoder, rssm = Encoder(obs_space, config.encoder), config.rssm
         latent = OneHotLatent(rssm.stoch, rssm.classes, rssm.unimix)
@@ -80,7 +79,7 @@ class DreamerV3(Agent):
             core, latent, encoder.outputs, rssm.hidden, rssm.prior_layers, rssm.post_layers
         )
         actor = Actor(rssm.deter + latent.size, action_space, config.actor)
-        return {"encoder": encoder, "rssm": dynamics, "actor": actor}
+        return PolicyParts(encoder, dynamics, actor)
 
     @property
     def discount(self) -> float:
@@ -123,7 +122,7 @@ class DreamerV3(Agent):
             actions.append(action)
         # The action in the last state has no successor: it only completes the shape.
         actions.append(torch.zeros_like(actions[0]))
-        states = torch.stack(stochs, 1).unflatten(-1, self.rssm.latent.shape)
+        states = torch.unflatten(torch.stack(stochs, 1), -1, self.rssm.latent.shape)
         return Trajectory(State(torch.stack(deters, 1), states), torch.stack(actions, 1))
 
     def behaviour_losses(

@@ -54,7 +54,7 @@ def pack(
             [name, list(tensors[name].shape), int(offset)]
             for name, offset in zip(names, offsets[:-1], strict=True)
         ],
-        "sha256": hashlib.sha256(buffer).hexdigest(),
+        "sha256": hashlib.sha256(buffer.data).hexdigest(),
         "config_hash": config_hash,
     }
     return PackedWeights(buffer=buffer, manifest=manifest)
@@ -66,7 +66,7 @@ def unpack(weights: PackedWeights) -> dict[str, Tensor]:
     Raises:
         WeightsError: the hash, the sizes or the values are wrong.
     """
-    digest = hashlib.sha256(np.ascontiguousarray(weights.buffer)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(weights.buffer).data).hexdigest()
     if digest != weights.manifest["sha256"]:
         raise WeightsError(
             f"weights {weights.version} are damaged: sha256 {digest[:12]}… does not match the "

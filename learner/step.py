@@ -171,6 +171,7 @@ def resolve_mode(mode: Mode, device: torch.device) -> Mode:
         return "graph" if device.type == "cuda" else "eager"
     if mode == "graph" and device.type != "cuda":
         raise ValueError(
-            f"learner.mode 'graph' needs a CUDA device, got {device.type!r}; use 'eager' or 'compile'"
+            f"learner.mode 'graph' needs a CUDA device, got {device.type!r}; "
+            "use 'eager' or 'compile'"
         )
     return mode
