@@ -13,6 +13,7 @@ import numpy as np
 
 from replay_service.chunk import Chunk, EpisodeEnd
 from replay_service.client import LogEntry, ReplayClient
+from replay_service.errors import ReplayEmpty
 from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
 from replay_service.schema import Schema
@@ -225,7 +226,16 @@ class Mirror:
         self._online.extend(window for window in found if window is not None)
 
     def uniforms(self, seed: int, update: int, count: int) -> np.ndarray:
-        """Return (count,) float64 in [0, 1) that depend on seed and update number only."""
+        """Return (count,) float64 in [0, 1) that depend on seed and update number only.
+
+        Raises:
+            ReplayEmpty: if there is no whole window to sample.
+        """
+        if not self.valid_starts:
+            raise ReplayEmpty(
+                f"no stream holds {self.window_steps} consecutive steps yet "
+                f"({self.size_steps} steps in all)"
+            )
         return np.random.Generator(np.random.Philox(key=[seed, update])).random(count)
 
     def _apply(self, arrival: Arrival) -> list[EpisodeEvent]:

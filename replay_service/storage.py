@@ -64,14 +64,15 @@ def window_rows(
         (B, length) int64 row numbers.
     """
     total = valid_cumsum[-1]
-    position = torch.minimum((uniforms * total).long(), total - 1)
+    # The clamps keep rows in range where there is no window; with windows they change nothing.
+    position = torch.minimum((uniforms * total).long(), total - 1).clamp(min=0)
     page = torch.searchsorted(valid_cumsum, position, right=True).clamp(max=len(valid_cumsum) - 1)
     before = torch.where(page > 0, valid_cumsum[(page - 1).clamp(min=0)], 0)
     start = torch.where(explicit >= 0, explicit, page * page_steps + position - before)
     page, offset = start // page_steps, start % page_steps
     chain = [page]
     for _ in range((page_steps + length - 2) // page_steps):
-        chain.append(next_page[chain[-1].clamp(min=0)])
+        chain.append(next_page[chain[-1]].clamp(min=0))
     steps = offset[:, None] + torch.arange(length, device=start.device)
     pages = torch.stack(chain, dim=1).gather(1, steps // page_steps)
     return pages * page_steps + steps % page_steps

@@ -182,13 +182,19 @@ class Uploader:
             return not self._queue
 
     def interrupt(self) -> None:
-        """Wake every waiting writer with `ReplayClosed`; what is queued is still delivered."""
+        """From now on raise `ReplayClosed` in writers instead of letting them wait.
+
+        What is queued is still delivered, and chunks for which there is room are still taken.
+        """
         with self._changed:
             self._interrupted = True
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Deliver what is queued and stop; blocks at most about `timeout_s` plus one call.
+
+        Args:
+            timeout_s: 0 gives up what has not been delivered, with a warning.
 
         Raises:
             ReplayTimeout: if chunks remain undelivered, saying how many and why.
@@ -200,7 +206,9 @@ class Uploader:
                 self._closing = True
                 self._changed.notify_all()
             self._thread.join(self._client.timeout_s + 1.0)
-        if not delivered and timeout_s > 0:
+        if not delivered and timeout_s == 0:
+            log.warning("upload_given_up chunks=%d", len(self._queue))
+        elif not delivered:
             raise ReplayTimeout(
                 f"{len(self._queue)} chunks were not delivered within {timeout_s:.0f} s: "
                 f"{self._reason or 'the server is slow'}"
@@ -254,7 +262,7 @@ class Uploader:
         )
         self.stats.blocked_s += time.monotonic() - started
         self._raise_failure()
-        if self._interrupted or self._closing:
+        if self._closing or stream.pending >= self.config.pending_chunks:
             raise ReplayClosed("the uploader was closed or interrupted")
 
     def _raise_failure(self) -> None:
@@ -474,9 +482,12 @@ class ChunkWriter:
         Raises:
             ReplaySchemaError: for a missing, extra, wrongly typed, wrongly shaped or non-finite
                 value, or an episode that does not start with is_first. Nothing is appended.
-            ReplayClosed: if the uploader was interrupted or closed while this waited.
+            ReplayClosed: if the uploader was interrupted or closed while this waited. The record
+                is kept: once there is room, `flush` sends it.
             ReplayError: if delivery has failed for good.
         """
+        if self._fill == self._steps:
+            self.flush()
         self._store(record)
         if self._fill == 0:
             self._started = time.monotonic()

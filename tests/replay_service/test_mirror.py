@@ -18,8 +18,10 @@ from replay_service import (
     EmbeddedServer,
     EpisodeEvent,
     Mirror,
+    ReplayAuthError,
     ReplayClient,
     ReplayConfig,
+    ReplayEmpty,
     ReplayFenced,
     Uploader,
     encode_chunk,
@@ -301,6 +303,10 @@ def test_resent_chunks_are_placed_once(client: ReplayClient, server: EmbeddedSer
 def test_random_numbers_depend_on_seed_and_update_only(client: ReplayClient) -> None:
     client.create(SCHEMA, UNBOUNDED)
     with following(client) as mirror:
+        with pytest.raises(ReplayEmpty, match="no stream holds 11 consecutive steps"):
+            mirror.uniforms(3, 5, 16)
+        insert_many(client, 0, 2)
+        absorb_until(mirror, lambda: mirror.inserted_steps == 16)
         first = mirror.uniforms(3, 5, 16)
         assert first.shape == (16,) and ((first >= 0) & (first < 1)).all()
         np.testing.assert_array_equal(first, mirror.uniforms(3, 5, 16))
@@ -389,3 +395,45 @@ def test_stream_renamed_by_a_new_incarnation_is_another_stream(client: ReplayCli
         assert insert(client, renamed(chunk(1, 1), stream="s0", incarnation=2)) == "OK"
         absorb_until(mirror, lambda: mirror.inserted_steps == 24)
         assert mirror.valid_starts == 16 - WINDOW + 1
+
+
+def test_tail_that_cannot_go_on_is_raised_in_the_learner(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path, max_memory_bytes=2**26) as guarded:
+        client = ReplayClient(guarded.url)
+        client.create(SCHEMA, UNBOUNDED)
+        with following(client) as mirror:
+            insert_many(client, 0, 2)
+            absorb_until(mirror, lambda: mirror.inserted_steps == 16)
+            with redis.Redis.from_url(guarded.url) as admin:
+                admin.config_set("requirepass", "secret")
+                admin.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert mirror.wait(10)
+            with pytest.raises(ReplayAuthError):
+                mirror.absorb()
+            assert mirror.size_steps == 16
+        client.close()
+
+
+def test_chunks_wait_at_the_byte_limit_of_the_queue(client: ReplayClient) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    insert_many(client, 0, 20)
+    with following(client, queue_bytes=3 * 8 * SCHEMA.step_bytes) as mirror:
+        assert mirror.wait(10)
+        mirror._tail._thread.join(0.3)
+        assert mirror.lag_chunks == 3 and mirror.rebuild_share == 0.0
+        absorb_until(mirror, lambda: mirror.caught_up)
+        assert mirror.size_steps == 160
+
+
+def test_window_rows_stay_in_range_while_there_is_no_window(client: ReplayClient) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    with following(client) as mirror:
+        rows = window_rows(
+            torch.rand(8, dtype=torch.float64),
+            torch.full((8,), -1),
+            mirror.valid_cumsum,
+            mirror.next_page,
+            mirror.page_steps,
+            mirror.window_steps,
+        )
+        assert (rows >= 0).all() and (rows < len(mirror.columns["step"])).all()

@@ -203,6 +203,23 @@ def test_waiting_writer_can_be_interrupted(client: ReplayClient) -> None:
         uploader.close(0.3)
 
 
+def test_interrupted_writer_keeps_its_records_and_can_send_them_later(
+    client: ReplayClient,
+) -> None:
+    client.create(SCHEMA, replace(UNBOUNDED, budget_steps=8))
+    uploader = Uploader(client, SCHEMA, CONFIG)
+    writer = uploader.open_stream("s0")
+    uploader.interrupt()
+    with pytest.raises(ReplayClosed):
+        write(writer, 0, 0, 100)
+    taken = writer.written_steps
+    client.settle(client.acquire_fence(), 1, 10**6)
+    assert uploader.drain(10)
+    writer.close()
+    uploader.close()
+    assert steps_of(committed(client), 0) == list(range(taken))
+
+
 def test_other_schema_is_raised_in_the_writer(client: ReplayClient) -> None:
     client.create(SCHEMA, UNBOUNDED)
     fewer = Schema(SCHEMA.columns[1:])
