@@ -167,7 +167,7 @@ def _status(args: list[str]) -> int:
 
 
 def _bench(args: list[str]) -> int:
-    from benchmarks.main import BenchOptions, bench
+    from deploy.bench import BenchOptions, bench
 
     return bench(parse(BenchOptions, args, command="bench"))
 

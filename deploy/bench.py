@@ -1,0 +1,95 @@
+"""`dreamfleet bench`: run benchmarks, show their tables and keep their numbers."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.table import Table
+
+from deploy.config import ConfigError
+from deploy.progress import console
+
+BENCHMARKS = ("learner", "replay", "actors", "pipeline")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Measure a part, or all one after the other; nothing else should run meanwhile."""
+
+    what: Annotated[
+        Literal["learner", "replay", "actors", "pipeline", "all"], tyro.conf.Positional
+    ] = "all"
+    """learner: ms per update and where they go; replay: insert and sampling against raw SET and
+    memcpy; actors: environment steps/s bare, with policy, as an actor; pipeline: end to end."""
+    json: Path | None = None
+    """File for the numbers, with what they were measured on."""
+    quick: bool = False
+    """Small sizes, to see that everything runs; the numbers mean little."""
+
+    def __post_init__(self) -> None:
+        if self.json is not None and not self.json.absolute().parent.is_dir():
+            raise ConfigError(f"--json {self.json}: there is no folder {self.json.parent}")
+
+
+def bench(options: BenchOptions) -> int:
+    """Run the benchmarks that were asked for, one after the other. Blocks for minutes."""
+    names = BENCHMARKS if options.what == "all" else (options.what,)
+    results: dict[str, Any] = {"machine": machine()}
+    for name in names:
+        module = importlib.import_module(f"benchmarks.{name}")
+        takes_quick = "quick" in inspect.signature(module.run).parameters
+        begin = time.monotonic()
+        with console().status(f"measuring {name} …"):
+            result = module.run(quick=options.quick) if takes_quick else module.run()
+        results[name] = {**result, "seconds": round(time.monotonic() - begin, 1)}
+        console().print(_shown(name, module.table(result)))
+        if options.json is not None:
+            options.json.write_text(json.dumps(results, indent=2) + "\n")
+    if options.json is not None:
+        console().print(f"written to {options.json}")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """Return what numbers depend on: processor, cores, versions, accelerator."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ray": version("ray"),
+        "dreamfleet": version("dreamfleet"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
+
+
+def _shown(title: str, content: Table | list[list[str]]) -> Table:
+    """Return a table; benchmarks give one, or a header and rows of text."""
+    if isinstance(content, Table):
+        return content
+    table = Table(*content[0], title=title)
+    for row in content[1:]:
+        table.add_row(*row)
+    return table
