@@ -35,10 +35,10 @@ class Rollout(NamedTuple):
 class Trajectory(NamedTuple):
     """Imagined states and the actions taken in them, without gradient unless the paper needs it.
 
-    ``states`` (N, H+1, …) start with the replayed state; ``actions`` (N, H+1, A).
+    ``feature`` (N, H+1, F) starts with the replayed state; ``actions`` (N, H+1, A).
     """
 
-    states: State
+    feature: Tensor
     actions: Tensor
 
 

@@ -19,7 +19,7 @@ from dreamer.heads import BernoulliHead, TwoHot, TwoHotHead
 from dreamer.latent import OneHotLatent
 from dreamer.normalize import PercentileScale
 from dreamer.optim import LaProp
-from dreamer.rssm import RSSM, State
+from dreamer.rssm import RSSM
 from dreamer.spaces import ActionSpace, ObsSpace
 
 
@@ -114,23 +114,25 @@ class DreamerV3(Agent):
         """Roll the policy through the prior from every replayed state."""
         start = rollout.states.detach().flatten()
         deter, stoch = start.deter, start.stoch.flatten(1)
-        deters, stochs, actions = [deter], [stoch], []
-        for _ in range(self.config.behaviour.imag_horizon):
+        horizon, width = self.config.behaviour.imag_horizon, deter.shape[1]
+        # Written in place: stacking and joining the states would copy the largest tensor thrice.
+        feature = deter.new_empty(len(deter), horizon + 1, width + stoch.shape[1])
+        actions = []
+        for t in range(horizon):
+            feature[:, t, :width], feature[:, t, width:] = deter, stoch
             deter, stoch, action = self.imagined_step(deter, stoch)
-            deters.append(deter)
-            stochs.append(stoch)
             actions.append(action)
+        feature[:, horizon, :width], feature[:, horizon, width:] = deter, stoch
         # The action in the last state has no successor: it only completes the shape.
         actions.append(torch.zeros_like(actions[0]))
-        states = torch.unflatten(torch.stack(stochs, 1), -1, self.rssm.latent.shape)
-        return Trajectory(State(torch.stack(deters, 1), states), torch.stack(actions, 1))
+        return Trajectory(feature, torch.stack(actions, 1))
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
     ) -> tuple[Losses, Metrics]:
         """Return Eq. 5–7: actor, critic in imagination, critic on replay."""
         rule = self.config.behaviour
-        feature = trajectory.states.feature()
+        feature = trajectory.feature
         critic = self.critic(feature)
         with torch.no_grad():
             value, slow = critic.mean(), self.slow_critic(feature).mean()
@@ -140,9 +142,10 @@ class DreamerV3(Agent):
             scale = self.return_scale.update(returns)
             advantage = (returns - value[:, :-1]) / scale
         # Actor
-        policy = self.actor(feature[:, :-1])
-        entropy = policy.entropy()
-        log_prob = policy.log_prob(trajectory.actions[:, :-1])
+        # Evaluated on all states, the last one too: a slice of the features would be copied.
+        policy = self.actor(feature)
+        entropy = policy.entropy()[:, :-1]
+        log_prob = policy.log_prob(trajectory.actions)[:, :-1]
         losses = {"policy": -weight * (log_prob * advantage + rule.entropy * entropy)}
         # Critic
         losses["value"] = weight * self._regress(critic.without_last(), returns, slow[:, :-1])
