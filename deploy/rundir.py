@@ -46,8 +46,8 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
             require_resumable(load_config(saved), config)
         elif left := sorted(p.name for p in directory.iterdir() if p.name != LOCK):
             raise ConfigError(
-                f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose another "
-                "--run-dir"
+                f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose "
+                "another --run-dir"
             )
         save_config(config, saved)
         yield directory

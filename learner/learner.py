@@ -35,6 +35,7 @@ SETTLE_RETRY_S = 1.0
 VIDEO_CONTEXT = 5
 """Frames that a video prediction sees before it imagines."""
 LATENTS = {"deter", "stoch"}
+UNLIMITED = 2**52
 
 
 class LearnerError(RuntimeError):
@@ -198,7 +199,7 @@ class Learner:
 
     def _complete(self) -> bool:
         """Whether the target is reached and no update is owed for the steps that led there."""
-        if self.env_steps < self.facts.target_steps:
+        if self.env_steps < self.facts.target_steps or not self.pace.at_rest(self.updates):
             return False
         return self.limiter.drift(self.env_steps, self.updates) < self.limiter.batch_steps
 
@@ -244,7 +245,7 @@ class Learner:
         every = self.config.checkpoint_every_steps
         by_steps = every > 0 and self.env_steps // every > self._saved_steps // every
         if self.facts.lockstep:
-            return by_steps and not self.pace.may_update(self.updates)
+            return by_steps and self.pace.at_rest(self.updates)
         return by_steps or time.monotonic() - self._saved_at >= self.config.checkpoint_every_s
 
     def _log_if_due(self) -> None:
@@ -266,12 +267,9 @@ class Learner:
         moment = time.monotonic()
         if moment < self._settle_at and not now:
             return
-        # The chunk that crosses the target must still fit, or the target is never reached.
-        last = self.facts.target_steps + self.limiter.chunk_steps - 1
-        budget = min(self.limiter.budget(self.updates), max(last, self.env_steps))
         with self.recorder.clock.during("settle"):
             try:
-                self.client.settle(self.fence, self.replayed_steps, budget)
+                self.client.settle(self.fence, self.replayed_steps, self._budget())
             except ReplayFenced as error:
                 raise LearnerError(f"{error}; this one stops") from error
             except ReplayUnavailable as error:
@@ -279,6 +277,14 @@ class Learner:
                 self._settle_at = moment + SETTLE_RETRY_S
                 return
         self._settle_at = moment + SETTLE_EVERY_S
+
+    def _budget(self) -> int:
+        """Return the total of inserted steps up to which actors are admitted."""
+        if self.facts.lockstep:
+            return UNLIMITED  # its actors step when they are asked to
+        # The chunk that crosses the target must still fit, or the target is never reached.
+        last = self.facts.target_steps + self.limiter.chunk_steps - 1
+        return min(self.limiter.budget(self.updates), max(last, self.env_steps))
 
     def _finish(self) -> str:
         """Save, log and say how the run ended."""
@@ -311,7 +317,6 @@ class Learner:
 
     def _export(self) -> None:
         drift = float(self.limiter.drift(self.env_steps, self.updates))
-        budget = self.limiter.budget(self.updates)
         stats, mirror, target = self.publisher.stats, self.mirror, float(self.limiter.train_ratio)
         self.recorder.log(
             self.env_steps,
@@ -327,7 +332,7 @@ class Learner:
             "replay_size_steps": mirror.size_steps,
             "replay_ratio_target": target,
             "replay_drift_steps": drift,
-            "replay_budget_steps": budget,
+            "replay_budget_steps": self._budget(),
             "mirror_lag_chunks": mirror.lag_chunks,
             "weights_update": stats.version[1],
             "fence": self.fence,

@@ -18,6 +18,9 @@ class Pace(Protocol):
     def more(self, updates: int, timeout_s: float) -> None:
         """Block until more experience may be there."""
 
+    def at_rest(self, updates: int) -> bool:
+        """Return whether a checkpoint may be written, and the run may end, at this point."""
+
     def saved(self) -> None:
         """Take note that a checkpoint has just been written."""
 
@@ -43,6 +46,10 @@ class FreePace:
         """Block until a chunk arrives, at most for the timeout."""
         self._mirror.wait(timeout_s)
 
+    def at_rest(self, updates: int) -> bool:
+        """Return True: any point between two updates is as good as another."""
+        return True
+
     def saved(self) -> None:
         """Do nothing: actors go on."""
 
@@ -55,8 +62,8 @@ class LockstepPace:
     Args:
         mirror: the learner's mirror.
         limiter: whose account is kept without any tolerance.
-        collect: takes the number of updates; collects a round with the weights after them, and
-            blocks until the mirror has received all of it.
+        collect: takes the number of updates, collects a round with the weights after them, and
+            returns the steps inserted since the beginning.
         cut: ends every episode and starts the environments again from fresh seeds.
     """
 
@@ -64,24 +71,35 @@ class LockstepPace:
         self,
         mirror: Any,
         limiter: Any,
-        collect: Callable[[int], None],
+        collect: Callable[[int], int],
         cut: Callable[[], None],
     ) -> None:
         self.reason = ""
         self._mirror, self._limiter = mirror, limiter
         self._collect, self._cut = collect, cut
+        self._expected = 0
 
     def may_update(self, updates: int) -> bool:
-        """Return whether an update is owed for the steps absorbed so far."""
+        """Return whether a whole round has been absorbed, and an update is owed for it."""
         mirror, limiter = self._mirror, self._limiter
+        if mirror.inserted_steps < self._expected:
+            self.reason = "updates wait for the rest of the round"
+            return False
         owed = limiter.drift(mirror.inserted_steps, updates) >= limiter.batch_steps
         ready = mirror.size_steps >= limiter.min_size_steps and mirror.valid_starts > 0
         self.reason = "" if owed and ready else "updates wait for their turn"
         return bool(owed and ready)
 
     def more(self, updates: int, timeout_s: float) -> None:
-        """Collect one round with the current weights."""
-        self._collect(updates)
+        """Wait for the rest of the round, or collect the next one with the current weights."""
+        if self._mirror.inserted_steps < self._expected:
+            self._mirror.wait(timeout_s)
+        else:
+            self._expected = self._collect(updates)
+
+    def at_rest(self, updates: int) -> bool:
+        """Return whether the round has arrived and all its updates are done."""
+        return self._mirror.inserted_steps >= self._expected and not self.may_update(updates)
 
     def saved(self) -> None:
         """Cut what a resumed run could not continue, so that this one does not either."""

@@ -21,6 +21,8 @@ WINDOW_S = 10.0
 """Time over which rates and shares are taken."""
 EPISODES = 20
 """Episodes in the mean return."""
+ACTOR_CALLS = 10
+"""Looks at the actors over which their blocked share is averaged."""
 ABANDONED = "abandoned"
 """How an episode ends that its environment did not end; its return means nothing."""
 
@@ -40,6 +42,7 @@ class Recorder:
         self.port = self.exporter.serve(port) if port >= 0 else None
         self.losses: dict[str, float] = {}
         self.actors: list[dict[str, Any]] = []
+        self.actors_blocked = 0.0
         self.started_at = time.time()
         self.board = Board(directory)
         self._repeat = action_repeat
@@ -57,6 +60,17 @@ class Recorder:
     def return_mean(self) -> float | None:
         """Mean return of the last 20 episodes; None before the first."""
         return float(np.mean(self._returns)) if self._returns else None
+
+    def note_actors(self, actors: list[dict[str, Any]]) -> None:
+        """Take what the actors say about themselves; call it about once a second.
+
+        ``blocked`` is truthy while an actor waits for permission to insert; the share of the time
+        for which that holds is averaged over about the last ten calls.
+        """
+        self.actors = actors
+        if actors:
+            blocked = sum(bool(actor.get("blocked")) for actor in actors) / len(actors)
+            self.actors_blocked += (blocked - self.actors_blocked) / ACTOR_CALLS
 
     def score(self, events: Iterable[Any]) -> None:
         """Write a row for each new episode that the actors finished."""
@@ -143,8 +157,7 @@ class Recorder:
         self.exporter.close()
 
     def _verdict(self, part: Mapping[str, float]) -> str:
-        blocked = [float(actor.get("blocked", 0.0) or 0.0) for actor in self.actors]
-        return verdict(part, sum(blocked) / len(blocked) if blocked else 0.0)
+        return verdict(part, self.actors_blocked)
 
     def _recent(self, env_steps: int, updates: int) -> tuple[tuple[float, float], dict[str, float]]:
         """Return (steps/s, updates/s) and the share of every phase over the last seconds."""

@@ -17,8 +17,8 @@ from deploy.sentinel import Sentinel
 with Sentinel() as sentinel:
     Path(sys.argv[1]).mkdir()
     sentinel.owns(Path(sys.argv[1]))
-    child = [sys.executable, "-c", "import signal,time;signal.signal(15,signal.SIG_IGN);time.sleep(99)"]
-    first = subprocess.Popen(child, start_new_session=True)
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(99)"
+    first = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True)
     second = subprocess.Popen(["sleep", "99"], start_new_session=True)
     sys.stdout.write(f"{first.pid} {second.pid} {sentinel.mark}\\n")
     sys.stdout.flush()

@@ -1,0 +1,92 @@
+"""The actors of one run: free, or in turns with the learner (lockstep)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from actors.actor import ActorSpec
+from actors.fleet import Fleet
+from actors.weights import HubSource
+from learner.learner import LearnerError
+from learner.publish import Publisher
+from replay_service import ReplayClient
+
+log = logging.getLogger(__name__)
+
+PUBLISH_S = 60.0
+COLLECT_S = 600.0
+DRAIN_S = 5.0
+
+
+class Crew:
+    """A fleet that is described first and started later, and in lockstep collects in rounds.
+
+    Args:
+        spec: what every actor does.
+        hub: where they get their weights.
+        client: of the replay server.
+        actors: how many.
+    """
+
+    def __init__(self, spec: ActorSpec, hub: Any, client: ReplayClient, *, actors: int) -> None:
+        self._spec, self._hub, self._client, self._actors = spec, hub, client, actors
+        self._on_failure: Callable[[], None] = lambda: None
+        self._fleet: Fleet | None = None
+        self._publisher: Publisher | None = None
+        self._fence = 0
+
+    def bind(self, publisher: Publisher, fence: int) -> None:
+        """Say whose weights a round in lockstep is collected with."""
+        self._publisher, self._fence = publisher, fence
+
+    def start(self, on_failure: Callable[[], None]) -> None:
+        """Start the actors. The function is called, from a thread, if they cannot work."""
+        self._on_failure = on_failure
+        fleet = Fleet(
+            HubSource(self._hub), actors=self._actors, on_failure=lambda message: on_failure()
+        )
+        fleet.start(self._spec)
+        self._fleet = fleet
+
+    def check(self) -> None:
+        """Raise FleetError if the fleet has failed."""
+        if self._fleet is not None:
+            self._fleet.check()
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Return what every actor says about itself."""
+        return self._fleet.stats() if self._fleet is not None else []
+
+    def stop(self, drain_s: float) -> None:
+        """Stop the actors."""
+        if self._fleet is not None:
+            self._fleet.stop(drain_s)
+
+    def collect(self, updates: int) -> int:
+        """Collect a chunk from every environment with the weights after so many updates.
+
+        Returns:
+            Steps inserted since the beginning, all of which the mirror will receive.
+
+        Raises:
+            LearnerError: the weights could not be published.
+            FleetError: an actor failed.
+        """
+        publisher, version = self._publisher, (self._fence, updates)
+        assert publisher is not None and self._fleet is not None, "bind and start come first"
+        if publisher.stats.version != version:
+            publisher.publish(updates)
+            if not publisher.wait(PUBLISH_S) or publisher.stats.version != version:
+                raise LearnerError(
+                    f"weights {version} could not be published, and a run in lockstep cannot go on "
+                    "without them; the log says why"
+                )
+        self._fleet.collect(self._spec.replay.chunk_steps, version, COLLECT_S)
+        return self._client.stats().inserted_steps
+
+    def cut(self) -> None:
+        """End all episodes and streams, and begin new ones with the seeds of a resumed run."""
+        self.stop(DRAIN_S)
+        self.start(self._on_failure)

@@ -1,0 +1,337 @@
+"""The topology of a run, top to bottom: what is started, what is connected to what, what is left.
+
+::
+
+    environments ─▶ actors ─ chunks ─▶ replay server ─ log ─▶ mirror ─ windows ─▶ learner
+                       ▲                     ▲ budget                              │
+                       └────── WeightHub ◀───┴──────── weights, settlement ────────┘
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy.cluster import ray_cluster
+from deploy.config import ConfigError, TrainConfig, config_hash
+from deploy.interrupts import Interrupts
+from deploy.probe import EnvFacts, probe
+from deploy.progress import console, follow, summary
+from deploy.rundir import run_directory
+from deploy.sentinel import Sentinel
+from deploy.status import STATUS_FILE
+from replay_service import (
+    Column,
+    CreditLimiter,
+    EmbeddedServer,
+    Mirror,
+    ReplayClient,
+    Schema,
+    estimate_memory,
+    plan_limits,
+)
+
+if TYPE_CHECKING:
+    from deploy.crew import Crew
+    from learner.learner import Learner
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 5.0
+"""Time in which actors may hand over what they hold when a run ends."""
+STATUS_EVERY_S = 1.0
+
+
+def train(config: TrainConfig) -> int:
+    """Train, or continue, the run that the configuration describes, and return its exit code.
+
+    Starts or connects to everything, and takes down again what it has started, whatever ends the
+    run. Returns 0 when the target is reached, and 128 + the signal when a signal stopped it.
+
+    Raises:
+        ConfigError, ReplayError, ClusterError, LearnerError: the message says what to do.
+    """
+    with ExitStack() as stack:
+        interrupts = stack.enter_context(Interrupts())
+        run = stack.enter_context(run_directory(config))
+        sentinel = stack.enter_context(Sentinel())
+
+        # What is learnt from what
+        facts = probe(config.env, config.environment)
+        schema = record_schema(config, facts)
+        streams, device = config.actors * config.envs_per_actor, choose_device(config.device)
+        window = config.learner.batch_length + config.agent.context
+        limits, limiter = plan_limits(
+            config.replay,
+            schema,
+            train_ratio=config.train_ratio,
+            batch_size=config.learner.batch_size,
+            batch_length=config.learner.batch_length,
+            window_steps=window,
+            streams=streams,
+        )
+        check_memory(config, schema, streams, device, run)
+
+        # Replay: the server with the log, and the learner's mirror of it
+        url = stack.enter_context(replay_server(config, run))
+        client = ReplayClient(url)
+        stack.callback(client.close)
+        client.create(schema, limits)
+        mirror = Mirror(
+            client,
+            schema,
+            capacity_steps=config.replay.capacity_steps,
+            window_steps=window,
+            page_steps=config.replay.page_steps,
+            placement=config.replay.placement,
+            device=device,
+            directory=run / "mirror",
+            online=config.replay.online,
+        )
+        mirror.start()
+        stack.callback(mirror.stop)
+
+        # Ray: the hub that hands out weights, and the actors that use them
+        stack.enter_context(ray_cluster(config.ray, cpus=config.actors + 1, sentinel=sentinel))
+        interrupts.reinstall()
+        hub = weight_hub(run)
+        fleet = make_fleet(config, facts, schema, client, hub)
+
+        # The learner, from where it was
+        learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
+        stack.callback(learner.recorder.close)
+        resume(learner, run)
+        stack.callback(fleet.stop, DRAIN_S)
+        fleet.start(learner.stop.set)
+        with reporting(learner, fleet, run, f"{config.env} · {run}"):
+            with interrupts.graceful(learner.stop.set):
+                outcome = learner.run()
+            fleet.check()
+    finish(config, run, learner)
+    return 0 if outcome == "finished" else interrupts.exit_code
+
+
+def record_schema(config: TrainConfig, facts: EnvFacts) -> Schema:
+    """Return the columns of the replay: what the environment emits and what the agent stores."""
+    from dreamer.policy import record_columns
+
+    columns = record_columns(config.agent, facts.obs_space, facts.action_space)
+    return Schema(tuple(Column(*column) for column in columns))
+
+
+def choose_device(wanted: str) -> str:
+    """Return the device that the learner computes on. Raises ConfigError if it is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "auto":
+        return "cuda" if there else "cpu"
+    if wanted.startswith("cuda"):
+        number = torch.device(wanted).index or 0
+        if not there or number >= torch.cuda.device_count():
+            found = torch.cuda.device_count() if there else 0
+            raise ConfigError(
+                f"--device {wanted} is not there: torch sees {found} CUDA devices; use --device "
+                "auto or cpu, and `dreamfleet doctor` to see why"
+            )
+    return wanted
+
+
+def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str, run: Path) -> None:
+    """Refuse a run that will not fit, with the arithmetic; say what it needs otherwise."""
+    import shutil
+
+    import torch
+
+    from replay_service.memory import available_ram_bytes
+
+    plan = estimate_memory(schema, config.replay, streams=streams)
+    free = {"ram": available_ram_bytes(), "disk": shutil.disk_usage(run).free, "cuda": 0}
+    if device.startswith("cuda"):
+        free["cuda"] = torch.cuda.mem_get_info(device)[0]
+    placement: str = config.replay.placement
+    if placement == "auto":
+        # The mirror looks for a place by itself; here only what always needs RAM is checked.
+        fits = [name for name in ("cuda", "ram", "disk") if plan.mirror_bytes <= free[name] * 0.6]
+        placement = fits[0] if fits else "ram"
+    plan.check(free, placement)
+    log.info("memory_planned %s", plan.describe())
+    for note in plan.notes:
+        log.warning("memory_note %s", note)
+
+
+@contextmanager
+def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
+    """Start a private server in the run directory, or use the given one; yield its address."""
+    if config.redis != "embedded":
+        yield config.redis
+        return
+    memory = config.replay.redis_memory_bytes
+    with EmbeddedServer(run / "replay", max_memory_bytes=memory) as server:
+        yield server.url
+
+
+def weight_hub(run: Path) -> Any:
+    """Start the hub; the newest weights are kept in the run directory."""
+    from actors.hub import start_hub
+
+    return start_hub(run.absolute() / "weights")
+
+
+def make_fleet(
+    config: TrainConfig, facts: EnvFacts, schema: Schema, client: ReplayClient, hub: Any
+) -> Crew:
+    """Describe the actors; they start when the learner is ready."""
+    from actors.actor import ActorSpec
+    from deploy.crew import Crew
+
+    spec = ActorSpec(
+        run=config.preset,
+        env_id=config.env,
+        envs=config.envs_per_actor,
+        environment=config.environment,
+        actor=config.actor,
+        agent=config.agent,
+        obs_space=facts.obs_space,
+        action_space=facts.action_space,
+        schema=schema.to_dict(),
+        replay=config.replay,
+        replay_url=client.url,
+        seed=config.seed,
+        lockstep=config.lockstep,
+    )
+    return Crew(spec, hub, client, actors=config.actors)
+
+
+def make_learner(
+    config: TrainConfig,
+    run: Path,
+    facts: EnvFacts,
+    mirror: Any,
+    client: ReplayClient,
+    limiter: CreditLimiter,
+    hub: Any,
+    fleet: Crew,
+    device: str,
+) -> Learner:
+    """Build the agent and the learner around it."""
+    import torch
+
+    from actors.hub import sender
+    from dreamer.agent import make_agent
+    from learner.learner import Learner, RunFacts
+    from learner.pace import FreePace, LockstepPace
+    from learner.publish import Publisher
+    from learner.record import Recorder
+    from learner.step import UpdateStep
+
+    knobs, digest = config.learner, config_hash(config)
+    if knobs.threads:
+        torch.set_num_threads(knobs.threads)
+    torch.manual_seed(config.seed)
+    agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
+    bf16 = knobs.precision == "bf16" or (knobs.precision == "auto" and device.startswith("cuda"))
+    agent.amp = torch.bfloat16 if bf16 else None
+    fence, kind = client.acquire_fence(), torch.bfloat16 if bf16 else torch.float32
+    publisher = Publisher(agent, sender(hub), fence=fence, config_hash=digest, dtype=kind)
+    fleet.bind(publisher, fence)
+    turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
+    recorder = Recorder(
+        run, action_repeat=facts.action_repeat, config_hash=digest, port=knobs.metrics_port
+    )
+    return Learner(
+        knobs,
+        RunFacts(
+            directory=run,
+            seed=config.seed,
+            target_steps=config.steps,
+            config_hash=digest,
+            lockstep=config.lockstep,
+        ),
+        agent=agent,
+        step=UpdateStep(
+            agent,
+            mirror,
+            batch_size=knobs.batch_size,
+            batch_length=knobs.batch_length,
+            mode=knobs.mode,
+        ),
+        mirror=mirror,
+        client=client,
+        limiter=limiter,
+        pace=turns if config.lockstep else FreePace(mirror, limiter),
+        publisher=publisher,
+        recorder=recorder,
+        fence=fence,
+    )
+
+
+def resume(learner: Learner, run: Path) -> None:
+    """Rebuild the mirror from the log, and continue from the newest valid checkpoint if any."""
+    from learner.checkpoint import load_newest
+
+    mirror = learner.mirror
+    while not mirror.caught_up:
+        mirror.wait(1.0)
+        learner.recorder.score(mirror.absorb())
+    saved = load_newest(run / "checkpoints")
+    if saved is None:
+        return
+    for reason in saved.skipped:
+        log.warning("checkpoint_skipped the previous one is used: %s", reason)
+    learner.restore(saved)
+    log.info(
+        "resumed checkpoint=%s updates=%d env_steps=%d replay=%d",
+        saved.path.name,
+        learner.updates,
+        learner.env_steps,
+        mirror.size_steps,
+    )
+    if learner.env_steps < saved.manifest["env_steps"]:
+        log.warning(
+            "replay_lost the checkpoint was made at %d environment steps and the replay has seen "
+            "%d: training waits until actors have made up for them",
+            saved.manifest["env_steps"],
+            learner.env_steps,
+        )
+
+
+@contextmanager
+def reporting(learner: Learner, fleet: Crew, run: Path, title: str) -> Iterator[None]:
+    """Keep ``status.json`` and the view on the terminal up to date while the block runs."""
+    from learner.status import write_status
+
+    done = threading.Event()
+
+    def report() -> None:
+        while True:
+            learner.recorder.note_actors(fleet.stats())
+            write_status(run / STATUS_FILE, learner.snapshot())
+            if done.wait(STATUS_EVERY_S):
+                return
+
+    thread = threading.Thread(target=report, name="status", daemon=True)
+    thread.start()
+    try:
+        with follow(lambda: asdict(learner.snapshot()), title):
+            yield
+    except BaseException:
+        learner.outcome = "failed"
+        raise
+    finally:
+        done.set()
+        thread.join(DRAIN_S)
+        write_status(run / STATUS_FILE, learner.snapshot())
+
+
+def finish(config: TrainConfig, run: Path, learner: Learner) -> None:
+    """Draw the curve and show how the run went and what to try next."""
+    from learner.report import write_curve
+
+    write_curve(run / "scores.jsonl", run / "curve.png", f"{config.env} · {config.agent.name}")
+    console().print(summary(run, asdict(learner.snapshot()), config.env))

@@ -1,0 +1,84 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from deploy.config import ConfigError, load_config
+from deploy.presets import preset
+from deploy.rundir import run_directory
+
+LOCKED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from deploy.presets import preset
+from deploy.rundir import run_directory
+with run_directory(replace(preset("v3-cartpole", "debug"), run_dir=Path(sys.argv[1]))):
+    sys.stdout.write("locked\\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+"""
+
+
+def config(directory: Path, **changes: object):  # type: ignore[no-untyped-def]
+    return replace(preset("v3-cartpole", "debug"), run_dir=directory / "run", **changes)  # type: ignore[arg-type]
+
+
+def test_a_new_run_leaves_its_resolved_configuration(tmp_path: Path) -> None:
+    wanted = config(tmp_path)
+    with run_directory(wanted) as directory:
+        assert load_config(directory / "config.yaml") == wanted
+
+
+def test_the_same_configuration_continues_and_may_go_further(tmp_path: Path) -> None:
+    with run_directory(config(tmp_path)):
+        pass
+    with run_directory(config(tmp_path, steps=99_000)) as directory:
+        assert load_config(directory / "config.yaml").steps == 99_000
+
+
+def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
+    with run_directory(config(tmp_path)):
+        pass
+    other = config(tmp_path, train_ratio=7.0, seed=5)
+    with pytest.raises(ConfigError, match=r"seed.*train_ratio.*7\.0"):
+        with run_directory(other):
+            pass
+    assert load_config(tmp_path / "run" / "config.yaml").seed == 0
+
+
+def test_a_directory_with_something_else_in_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"thesis\.tex.*another --run-dir"):
+        with run_directory(config(tmp_path)):
+            pass
+
+
+def test_a_file_in_place_of_the_directory_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match="cannot be used"):
+        with run_directory(config(tmp_path)):
+            pass
+
+
+def test_two_runs_in_one_directory_are_refused_by_process(tmp_path: Path) -> None:
+    other = subprocess.Popen(
+        [sys.executable, "-c", LOCKED, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdin is not None and other.stdout is not None
+    try:
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=f"in use by process {other.pid}"):
+            with run_directory(config(tmp_path)):
+                pass
+    finally:
+        other.stdin.close()
+        other.wait(10)
+        other.stdout.close()
+    with run_directory(config(tmp_path)):
+        pass

@@ -1,0 +1,219 @@
+"""Whole runs through the command line: real Ray, real Redis, real processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.sentinel import MARK
+from learner.checkpoint import load_newest
+from learner.files import read_rows
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    ("--preset", "v3-cartpole", "--size", "debug", "--train-ratio", "4")
+    + ("--envs-per-actor", "2", "--learner.batch-size", "4", "--learner.batch-length", "16")
+    + ("--replay.min-size-steps", "256", "--replay.chunk-steps", "16")
+    + ("--learner.log-every-s", "0.5", "--learner.publish-every-s", "0.5")
+)
+FOREVER = "10000000"
+START_S, END_S = 90.0, 60.0
+
+
+class Run:
+    """One `dreamfleet train` in a process of its own."""
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        self.directory = directory
+        command = [sys.executable, "-m", "deploy.cli", "train", *SMALL]
+        self.log = directory.with_suffix(".log").open("ab")
+        self.process = subprocess.Popen(
+            [*command, "--run-dir", str(directory), *flags],
+            cwd=ROOT,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.members: dict[int, psutil.Process] = {}
+
+    def status(self) -> dict[str, object]:
+        """Return the last snapshot, {} before the first."""
+        try:
+            return dict(json.loads((self.directory / "status.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def wait_for(self, there: Callable[[dict[str, object]], bool], timeout_s: float) -> None:
+        """Wait for a snapshot with some property, and remember every process on the way."""
+        deadline = time.monotonic() + timeout_s
+        while not there(self.status()):
+            assert self.process.poll() is None, f"the run ended early:\n{self.output()}"
+            assert time.monotonic() < deadline, f"waited too long:\n{self.output()}"
+            self.note_members()
+            time.sleep(0.1)
+        self.note_members()
+
+    def note_members(self) -> None:
+        """Remember every process below the run, as long as they can be told from others."""
+        try:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                self.members[child.pid] = child
+        except psutil.NoSuchProcess:
+            return
+
+    def left(self, timeout_s: float) -> list[str]:
+        """Return what still runs of the whole tree when the time is over."""
+        _, alive = psutil.wait_procs(self.members.values(), timeout=timeout_s)
+        return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+    def output(self) -> str:
+        """Return what the run has said."""
+        return self.directory.with_suffix(".log").read_text(errors="replace")
+
+    def close(self) -> None:
+        """End everything, if a test has failed before."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path):  # type: ignore[no-untyped-def]
+    runs: list[Run] = []
+
+    def begin(*flags: str) -> Run:
+        runs.append(Run(tmp_path / "run", *flags))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.close()
+
+
+def training(status: dict[str, object]) -> bool:
+    return int(str(status.get("updates", 0))) > 20
+
+
+def test_a_run_ends_by_itself_resumes_and_leaves_what_it_promises(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", "1500")
+    assert run.process.wait(START_S + END_S) == 0, run.output()
+    found = {path.name for path in run.directory.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "scores.jsonl", "curve.png", "replay"} <= found
+    assert {"checkpoints", "status.json"} <= found
+    assert any(name.startswith("events.out.tfevents.") for name in found)
+    assert run.status()["phase"] == "finished"
+    first = load_newest(run.directory / "checkpoints")
+    assert first is not None
+    assert first.manifest["env_steps"] >= 1500
+    assert "dreamfleet eval" in run.output()
+
+    again = start("--steps", "2500")
+    assert again.process.wait(START_S + END_S) == 0, again.output()
+    second = load_newest(run.directory / "checkpoints")
+    assert second is not None
+    assert second.manifest["env_steps"] >= 2500
+    assert second.manifest["update"] > first.manifest["update"]
+    assert second.manifest["fence"] > first.manifest["fence"]
+    steps = [row["env_steps"] for row in read_rows(run.directory / "scores.jsonl")]
+    assert steps == sorted(steps)
+    assert {row["split"] for row in read_rows(run.directory / "scores.jsonl")} == {"train"}
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves_no_process(start, number: signal.Signals, code: int) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER)
+    run.wait_for(training, START_S)
+    run.process.send_signal(number)
+    assert run.process.wait(END_S) == code, run.output()
+    assert run.left(1.0) == []
+    assert run.status()["phase"] == "stopped"
+    saved = load_newest(run.directory / "checkpoints")
+    assert saved is not None
+    assert saved.manifest["update"] == run.status()["updates"]
+
+
+def test_a_second_signal_stops_at_once(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER)
+    run.wait_for(training, START_S)
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(END_S) == 130, run.output()
+    assert run.left(1.0) == []
+
+
+def test_a_killed_run_leaves_no_process_and_can_be_continued(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER, "--learner.checkpoint-every-s", "2")
+    run.wait_for(training, START_S)
+    run.wait_for(lambda status: any((run.directory / "checkpoints").glob("0*")), END_S)
+    run.process.kill()
+    run.process.wait()
+    assert run.left(20.0) == []
+    saved = load_newest(run.directory / "checkpoints")
+    assert saved is not None
+    more = str(saved.manifest["env_steps"] + 1000)
+    again = start("--steps", more)
+    assert again.process.wait(START_S + END_S) == 0, again.output()
+    resumed = load_newest(run.directory / "checkpoints")
+    assert resumed is not None
+    assert resumed.manifest["update"] > saved.manifest["update"]
+
+
+def test_a_signal_while_starting_leaves_nothing(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER)
+    deadline = time.monotonic() + START_S
+    while not (run.directory / "replay").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    run.note_members()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(END_S) == 130, run.output()
+    assert run.left(1.0) == []
+
+
+def test_a_corrupt_newest_checkpoint_is_said_and_the_previous_one_used(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", "1500", "--learner.checkpoint-every-steps", "500")
+    assert run.process.wait(START_S + END_S) == 0, run.output()
+    newest = max((run.directory / "checkpoints").iterdir())
+    data = bytearray((newest / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (newest / "state.pt").write_bytes(bytes(data))
+    again = start("--steps", "2000")
+    assert again.process.wait(START_S + END_S) == 0, again.output()
+    assert re.search(rf"checkpoint_skipped.*{newest.name}", again.output())
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--env", "NoSuchEnv-v0"), "NoSuchEnv"),
+        (("--redis", "redis://127.0.0.1:1"), "127.0.0.1:1"),
+        (("--device", "cuda:7"), "--device cuda:7 is not there"),
+        (("--replay.capacity-steps", "1000000000000"), "capacity"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_error(start, flags: tuple[str, ...], words: str) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", "2000", *flags)
+    assert run.process.wait(START_S) == 2, run.output()
+    assert words in run.output()
+    assert "Traceback" not in run.output()
+    marks = [p.pid for p in psutil.process_iter() if MARK in _environment(p)]
+    assert not set(marks) & set(run.members)
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
