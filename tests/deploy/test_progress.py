@@ -95,7 +95,6 @@ def test_stopped_run_is_continued_by_its_directory_alone(tmp_path: Path) -> None
 def test_follow_prints_lines_without_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    progress.console.cache_clear()
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.01)
     asked = threading.Semaphore(0)
 
@@ -107,7 +106,6 @@ def test_follow_prints_lines_without_a_terminal(
         for _ in range(3):
             assert asked.acquire(timeout=10)
     lines = capsys.readouterr().out.splitlines()
-    progress.console.cache_clear()
     assert len(lines) >= 2 and all(line.startswith("steps 4,512/12,000") for line in lines)
 
 
