@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamer import ops
 from dreamer.nets import MLP, BlockLinear, Linear, RMSNorm, trunc_normal_
 
 
@@ -37,19 +38,18 @@ class UpsampleConv(Conv):
         return upsample_conv(x, self.weight, self.bias)
 
 
-def phase_matrix(kernel: int) -> Tensor:
+def phase_matrix(kernel: int, device: torch.device | None = None) -> Tensor:
     """Return (2, taps, kernel): which small-image tap each kernel tap reads, per output parity.
 
     After nearest ×2 upsampling, output row 2i+a reads large rows 2i+a+k−r, that is small rows
-    i + ⌊(a+k−r)/2⌋; kernel taps that read the same small row add up.
+    i + ⌊(a+k−r)/2⌋; kernel taps that read the same small row add up. Computed on the device: a
+    copy from the host would stop a CUDA graph from being captured.
     """
     radius = kernel // 2
     reach = (radius + 1) // 2
-    matrix = torch.zeros(2, 2 * reach + 1, kernel)
-    for parity in range(2):
-        for tap in range(kernel):
-            matrix[parity, (parity + tap - radius) // 2 + reach, tap] = 1.0
-    return matrix
+    parity, tap = torch.arange(2, device=device)[:, None], torch.arange(kernel, device=device)
+    read = (parity + tap - radius) // 2 + reach  # (2, kernel)
+    return ops.onehot(read, 2 * reach + 1).transpose(1, 2)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: (outputs,).
     """
     outputs, inputs, kernel, _ = weight.shape
-    phases = phase_matrix(kernel).to(weight)
+    phases = phase_matrix(kernel, weight.device).to(weight.dtype)
     taps = phases.shape[1]
     small = torch.einsum("puk,oikl,qvl->pqoiuv", phases, weight, phases)
     small = small.reshape(4 * outputs, inputs, taps, taps)

@@ -127,9 +127,10 @@ def twohot_mixed_loss(
     below, above, share = twohot_neighbours(targets.contiguous(), bins)
     picked = logits.gather(-1, torch.cat([below, above], -1))
     low, high = picked.chunk(2, -1)
-    mix = torch.tensor(weights, device=logits.device)
-    expected = torch.lerp(low, high, share) * mix
-    return sum(weights) * torch.logsumexp(logits, -1) - expected.sum(-1)
+    loss = sum(weights) * torch.logsumexp(logits, -1)
+    for weight, expected in zip(weights, torch.lerp(low, high, share).unbind(-1), strict=True):
+        loss = loss - weight * expected
+    return loss
 
 
 def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def lambda_return_next(
     (DreamerV3, arXiv:2301.04104v2, Eq. 7.)
     """
     assert reward.shape == value.shape == live.shape and reward.dim() == 2, reward.shape
-    trace = torch.broadcast_to(torch.as_tensor(lambda_, device=value.device), value.shape)[:, 1:]
+    trace = lambda_[:, 1:] if isinstance(lambda_, Tensor) else lambda_
     one_step = reward[:, 1:] + live[:, 1:] * (1.0 - trace) * value[:, 1:]
     carry = live[:, 1:] * trace
     ret, returns = value[:, -1], []
