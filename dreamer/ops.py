@@ -137,12 +137,13 @@ def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:
     """Return Σᵢ softmax(logits)ᵢ·binsᵢ: (…, bins) → (…), for bins that mirror around zero.
 
     Bin i is paired with its mirror image before summing: bins reach 4.85e8, so a plain float32
-    sum of a uniform distribution would not cancel. Zero logits predict exactly 0.
+    sum of a uniform distribution would not cancel. Zero logits predict exactly 0. A product and a
+    sum, because autocast would turn a matrix product into bfloat16.
     """
     probs = F.softmax(logits.float(), -1)
     half = bins.shape[0] // 2
     pairs = probs[..., half + 1 :] - probs[..., :half].flip(-1)
-    return pairs @ bins[half + 1 :] + probs[..., half] * bins[half]
+    return (pairs * bins[half + 1 :]).sum(-1) + probs[..., half] * bins[half]
 
 
 def lambda_return_current(
