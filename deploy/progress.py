@@ -32,6 +32,8 @@ ENDED = ("finished", "stopped", "failed")
 """Phases of a run that is over."""
 LOSSES = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
 MOST_ACTORS = 16
+MOST_REASON = 60
+"""Characters of an actor's reason that are shown."""
 _GOOD, _FAINT = "bold green", "dim"
 
 log = logging.getLogger(__name__)
@@ -271,10 +273,10 @@ def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
     for name in ("actor", "state", "steps", "steps/s", "episodes", "weights", "restarts"):
         table.add_column(name, justify="left" if name in ("actor", "state") else "right")
     for actor in actors[:MOST_ACTORS]:
-        version = actor.get("version") or actor.get("policy_version")
+        version = actor.get("version")
         table.add_row(
-            str(actor.get("name", actor.get("slot", "-"))),
-            str(actor.get("state") or actor.get("blocked_reason") or "-"),
+            str(actor.get("slot", "-")),
+            _doing(actor),
             count(actor.get("env_steps")),
             rate(actor.get("env_steps_per_s")),
             count(actor.get("episodes")),
@@ -284,6 +286,14 @@ def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
     if len(actors) > MOST_ACTORS:
         table.add_row(f"and {len(actors) - MOST_ACTORS} more", *[""] * 6)
     return table
+
+
+def _doing(actor: Mapping[str, Any]) -> str:
+    """Return an actor's state, with what holds it up."""
+    state, blocked, trouble = (str(actor.get(k) or "") for k in ("state", "blocked", "trouble"))
+    reason = blocked if state in ("blocked", "acting") else trouble
+    shown = f"{state}: {reason}" if reason else state
+    return (shown if len(shown) <= MOST_REASON else shown[: MOST_REASON - 1] + "…") or "-"
 
 
 def _existing(path: Path | None) -> str:

@@ -77,6 +77,23 @@ def test_many_actors_are_counted_instead_of_listed() -> None:
     assert "and 34 more" in drawn(progress.view({**FULL, "per_actor": actors}))
 
 
+@pytest.mark.parametrize(
+    ("actor", "want"),
+    [
+        ({"slot": 1, "state": "blocked", "blocked": "budget spent"}, "blocked: budget spent"),
+        (
+            {"slot": 1, "state": "restarting", "trouble": "hung for 60 s"},
+            "restarting: hung for 60 s",
+        ),
+        ({"slot": 1, "state": "acting", "trouble": "hung for 60 s"}, "acting"),
+        ({"slot": 1, "state": "quarantined", "trouble": "x" * 500}, "x…"),
+    ],
+)
+def test_actor_that_does_not_act_says_why(actor: dict[str, Any], want: str) -> None:
+    shown = drawn(progress.view({**FULL, "per_actor": [actor]}), 140)
+    assert want in shown and ("hung" in shown) == ("hung" in want)
+
+
 def test_summary_names_files_that_exist_and_commands_to_try(tmp_path: Path) -> None:
     (tmp_path / "curve.png").write_bytes(b"png")
     (tmp_path / "checkpoints" / "000001-0000000001-000000000001").mkdir(parents=True)
