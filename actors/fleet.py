@@ -1,0 +1,343 @@
+"""The fleet: it starts the actors of a run and replaces those that die, hang or fail."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.actor import ActorProcess, ActorSpec
+from actors.weights import WeightSource
+from dreamer.weights import Version
+
+log = logging.getLogger(__name__)
+
+_ANSWER_THREADS = 8
+"""Calls that an actor answers at the same time: `stats`, `ping`, `stop`, `collect`."""
+
+
+class FleetError(RuntimeError):
+    """The actors cannot do their work; the message holds what the first of them said."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """When the fleet steps in."""
+
+    check_every_s: float = 1.0
+    """Seconds between two rounds of questions."""
+    answer_timeout_s: float = 30.0
+    """Seconds after which an actor that does not answer is replaced."""
+    start_timeout_s: float = 300.0
+    """Seconds that an actor may take until its first step."""
+    progress_timeout_s: float = 180.0
+    """Seconds without a step, and without a reason to wait, after which an actor is replaced; more
+    than an environment may hang."""
+    most_restarts: int = 5
+    """Restarts of one slot within the window that are taken for bad luck."""
+    restart_window_s: float = 600.0
+    """Length of that window in seconds."""
+    restart_delay_s: float = 1.0
+    """Wait before a second restart in the window; doubles with each further one."""
+    cpus_per_actor: float = 0.25
+    """CPU slots of Ray that an actor takes; below 1 because the fleet may oversubscribe."""
+
+
+@dataclass
+class _Slot:
+    """One place in the fleet and whoever fills it now."""
+
+    number: int
+    life: int = 0
+    handle: Any = None
+    question: Any = None
+    asked_at: float = 0.0
+    started_at: float = 0.0
+    start_again_at: float = 0.0
+    restarts: deque[float] = field(default_factory=deque)
+    last: dict[str, Any] = field(default_factory=dict)
+    state: str = "starting"
+    acted: bool = False
+    trouble: str = ""
+    trouble_in: str = ""
+    steps_before: int = 0
+
+
+class Fleet:
+    """Actors of one run, supervised by a thread.
+
+    Guarantees:
+        1. An actor that is dead, does not answer, makes no progress without saying why, or has
+           failed is replaced in its slot, under a new incarnation of its streams.
+        2. A slot that needs more than a few restarts in ten minutes is given up (quarantined), and
+           its last error is kept. If all slots fail before any has taken a step, or more than half
+           are quarantined, the fleet has failed, says why (`check`), and restarts nothing more.
+        3. After `stop` none of its actors runs.
+
+    Args:
+        spec: what every actor does; its slot and life are filled in here.
+        source: where actors get weights; must be picklable (`actors.weights.HubSource` is).
+        actors: how many.
+        supervision: limits and intervals.
+        on_failure: called once, from the supervising thread, with the message of the failure.
+    """
+
+    def __init__(
+        self,
+        spec: ActorSpec,
+        source: WeightSource,
+        *,
+        actors: int,
+        supervision: Supervision | None = None,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        self._spec, self._source, self._on_failure = spec, source, on_failure
+        self._limits = supervision or Supervision()
+        self._slots = [_Slot(number) for number in range(actors)]
+        self._failure = ""
+        self._restarts: Counter[str] = Counter()
+        self._lock = threading.RLock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start all actors. Returns at once; they report through `stats`."""
+        assert self._thread is None, "a fleet starts once"
+        with self._lock:
+            for slot in self._slots:
+                self._launch(slot)
+        self._thread = threading.Thread(target=self._supervise, name="fleet", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise FleetError if the fleet has failed."""
+        if self._failure:
+            raise FleetError(self._failure)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Return the last answer of every actor, with its state, restarts and last trouble.
+
+        The state is starting, acting, blocked, restarting, quarantined or stopped. `env_steps`
+        counts the records of all lives of the slot.
+        """
+        with self._lock:
+            return [
+                {
+                    **slot.last,
+                    "slot": slot.number,
+                    "life": slot.life,
+                    "state": slot.state,
+                    "restarts": slot.life,
+                    "trouble": slot.trouble,
+                    "env_steps": slot.steps_before + slot.last.get("env_steps", 0),
+                }
+                for slot in self._slots
+            ]
+
+    def summary(self) -> dict[str, Any]:
+        """Return what `actors.metrics.FleetMetrics` exports."""
+        with self._lock:
+            states = Counter(slot.state for slot in self._slots)
+            return {
+                "desired": len(self._slots),
+                "states": dict(states),
+                "restarts": dict(self._restarts),
+                "quarantined": states["quarantined"],
+            }
+
+    def collect(self, n_steps: int, version: Version, timeout_s: float = 600.0) -> int:
+        """Have every actor take `n_steps` in each environment, one actor after the other.
+
+        For runs in lockstep, see `ActorProcess.collect`. Returns the records written.
+
+        Raises:
+            FleetError: if an actor is not there or fails; nothing is repeated, because records may
+                have been written already.
+        """
+        written = 0
+        for slot in self._slots:
+            self.check()
+            try:
+                answer = slot.handle.collect.remote(n_steps, version, timeout_s)
+                written += ray.get(answer, timeout=timeout_s + 10.0)
+            except (RayError, RuntimeError, TimeoutError) as error:
+                raise FleetError(f"actor {slot.number} did not collect: {error}") from error
+        return written
+
+    def stop(self, drain_s: float = 10.0) -> list[dict[str, Any]]:
+        """Stop all actors and return their last `stats`.
+
+        Blocks for at most about `drain_s` plus a few seconds; what has not been delivered by then
+        is given up.
+        """
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(self._limits.check_every_s + 30.0)
+        with self._lock:
+            live = {slot.number: slot for slot in self._slots if slot.handle is not None}
+            farewells = {
+                slot.handle.stop.remote(drain_s > 0, drain_s): slot for slot in live.values()
+            }
+            if farewells:
+                done, _ = ray.wait(
+                    list(farewells), num_returns=len(farewells), timeout=drain_s + 2.0
+                )
+                for answer in done:
+                    self._note_farewell(farewells[answer], answer)
+            for slot in live.values():
+                self._remove(slot)
+                slot.state = "stopped"
+        return self.stats()
+
+    def _note_farewell(self, slot: _Slot, answer: Any) -> None:
+        try:
+            slot.last = ray.get(answer, timeout=1.0)
+        except RayError as error:
+            log.warning("actor_gone slot=%d error=%s", slot.number, error)
+
+    def _launch(self, slot: _Slot) -> None:
+        spec = replace(self._spec, slot=slot.number, life=slot.life)
+        slot.handle = (
+            ray.remote(ActorProcess)
+            .options(
+                num_cpus=self._limits.cpus_per_actor,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=_ANSWER_THREADS,
+            )
+            .remote(spec, self._source)
+        )
+        slot.state, slot.question, slot.last = "starting", None, {}
+        slot.started_at = time.monotonic()
+        log.info("actor_started slot=%d life=%d", slot.number, slot.life)
+
+    def _remove(self, slot: _Slot) -> None:
+        if slot.handle is not None:
+            ray.kill(slot.handle, no_restart=True)
+        slot.handle = slot.question = None
+
+    def _supervise(self) -> None:
+        while not self._stopping.is_set():
+            begin = time.monotonic()
+            try:
+                self._round()
+            except Exception as error:
+                # A thread that ends silently would leave the run without supervision.
+                log.exception("fleet_supervision_ended")
+                self._fail(f"supervision ended: {error!r}")
+                return
+            if self._failure:
+                return
+            self._stopping.wait(max(self._limits.check_every_s - (time.monotonic() - begin), 0.0))
+
+    def _round(self) -> None:
+        """Ask every actor how it is and act on the answers."""
+        now = time.monotonic()
+        with self._lock:
+            for slot in self._slots:
+                if slot.handle is None and slot.state == "restarting":
+                    if now >= slot.start_again_at:
+                        self._launch(slot)
+                if slot.handle is not None and slot.question is None:
+                    slot.question, slot.asked_at = slot.handle.stats.remote(), now
+            questions = {slot.question: slot for slot in self._slots if slot.question is not None}
+        if not questions:
+            return
+        answered, missing = ray.wait(
+            list(questions), num_returns=len(questions), timeout=self._limits.check_every_s
+        )
+        with self._lock:
+            for question in answered:
+                self._take_answer(questions[question], question)
+            for question in missing:
+                self._take_silence(questions[question])
+            self._judge()
+
+    def _take_answer(self, slot: _Slot, question: Any) -> None:
+        slot.question = None
+        try:
+            answer = ray.get(question, timeout=5.0)
+        except (RayError, GetTimeoutError) as error:
+            self._replace(slot, "died", str(error))
+            return
+        slot.last = answer
+        slot.acted |= answer["env_steps"] > 0
+        if answer["phase"] == "failed":
+            slot.trouble_in = answer["failed_in"]
+            self._replace(slot, "failed", answer["trace"] or answer["error"], answer["error"])
+        elif answer["phase"] != "acting":
+            slot.state = "starting"
+            limit = self._limits.start_timeout_s
+            # An actor may wait for the server or for the first weights as long as they take.
+            waits = answer["phase"] in ("replay", "weights")
+            if not waits and time.monotonic() - slot.started_at > limit:
+                self._replace(
+                    slot, "hung", f"no step within {limit:.0f} s, still in {answer['phase']}"
+                )
+        elif answer["blocked"]:
+            slot.state = "blocked"
+        else:
+            slot.state = "acting"
+            idle_s, limit = answer["last_step_age_s"], self._limits.progress_timeout_s
+            if idle_s > limit and not self._spec.lockstep:
+                self._replace(slot, "hung", f"no step for {idle_s:.0f} s")
+
+    def _take_silence(self, slot: _Slot) -> None:
+        since = slot.asked_at if slot.last else slot.started_at
+        limit = self._limits.answer_timeout_s if slot.last else self._limits.start_timeout_s
+        if time.monotonic() - since > limit:
+            self._replace(slot, "hung", f"no answer for {limit:.0f} s")
+
+    def _replace(self, slot: _Slot, reason: str, trouble: str, message: str = "") -> None:
+        """Remove whoever fills the slot, and plan its successor unless the slot is given up."""
+        self._remove(slot)
+        slot.trouble = trouble
+        slot.steps_before += slot.last.get("env_steps", 0)
+        slot.last = {"error": message or trouble}
+        log.warning("actor_lost slot=%d reason=%s trouble=%s", slot.number, reason, message)
+        now = time.monotonic()
+        while slot.restarts and now - slot.restarts[0] > self._limits.restart_window_s:
+            slot.restarts.popleft()
+        if len(slot.restarts) >= self._limits.most_restarts:
+            slot.state = "quarantined"
+            log.error("slot_quarantined slot=%d trouble=%s", slot.number, trouble)
+            return
+        recent = len(slot.restarts)
+        slot.start_again_at = now + (
+            self._limits.restart_delay_s * 2 ** (recent - 1) if recent else 0.0
+        )
+        slot.restarts.append(now)
+        slot.life += 1
+        slot.state = "restarting"
+        self._restarts[reason] += 1
+
+    def _judge(self) -> None:
+        """Decide whether there is any point in going on."""
+        troubled = [slot for slot in self._slots if slot.trouble]
+        if len(troubled) == len(self._slots) and not any(slot.acted for slot in self._slots):
+            first = troubled[0]
+            self._fail(
+                f"no actor could start acting; actor {first.number} failed in "
+                f"{first.trouble_in or 'its process'}: {first.last.get('error', first.trouble)}"
+            )
+            return
+        given_up = [slot for slot in self._slots if slot.state == "quarantined"]
+        if 2 * len(given_up) > len(self._slots):
+            self._fail(
+                f"{len(given_up)} of {len(self._slots)} actors failed more than "
+                f"{self._limits.most_restarts} times in {self._limits.restart_window_s:.0f} s; "
+                f"actor {given_up[0].number} last with:\n{given_up[0].trouble}"
+            )
+
+    def _fail(self, message: str) -> None:
+        self._failure = message
+        log.error("fleet_failed %s", message)
+        if self._on_failure is not None:
+            self._on_failure(message)
