@@ -1,0 +1,1 @@
+"""Actors: environments, the acting loop beside them, and the fleet that keeps them alive."""

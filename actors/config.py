@@ -1,0 +1,38 @@
+"""How actors run and recover; free of torch, Ray and every environment library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.envs.config import EnvConfig
+
+__all__ = ["ActorConfig", "EnvConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig:
+    """How actors run and recover."""
+
+    isolation: Literal["process", "inline"] = "process"
+    """Where each environment runs: a process of its own, which may crash or hang without harm, or
+    the actor's process, which is faster for cheap environments but survives exceptions only."""
+    hang_timeout_s: float = 60.0
+    """Seconds without an answer after which an environment's process is killed and restarted."""
+    start_timeout_s: float = 120.0
+    """Seconds that an environment's process may take to start and to make the environment."""
+    max_failures: int = 10
+    """Failures of one environment (crash, hang, invalid observation or reward) in a row, with no
+    valid step between them, after which its actor gives up."""
+    max_policy_age_s: float = 600.0
+    """Age of the policy in seconds above which an actor warns; it keeps acting on what it has."""
+
+    def __post_init__(self) -> None:
+        if self.isolation not in ("process", "inline"):
+            raise ValueError(f"--actor.isolation must be process or inline, got {self.isolation!r}")
+        for name in ("hang_timeout_s", "start_timeout_s", "max_policy_age_s"):
+            if not getattr(self, name) > 0:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--actor.{flag} must be above 0, got {getattr(self, name)}")
+        if self.max_failures < 1:
+            raise ValueError(f"--actor.max-failures must be at least 1, got {self.max_failures}")
