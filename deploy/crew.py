@@ -45,9 +45,12 @@ class Crew:
         """Start the actors. The function is called, from a thread, if they cannot work."""
         self._on_failure = on_failure
         fleet = Fleet(
-            HubSource(self._hub), actors=self._actors, on_failure=lambda message: on_failure()
+            self._spec,
+            HubSource(self._hub),
+            actors=self._actors,
+            on_failure=lambda message: on_failure(),
         )
-        fleet.start(self._spec)
+        fleet.start()
         self._fleet = fleet
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.cluster import ray_cluster
-from deploy.config import ConfigError, TrainConfig, config_hash
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
 from deploy.interrupts import Interrupts
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
@@ -76,6 +76,7 @@ def train(config: TrainConfig) -> int:
             streams=streams,
         )
         check_memory(config, schema, streams, device, run)
+        save_config(config, run / FILE_NAME)
 
         # Replay: the server with the log, and the learner's mirror of it
         url = stack.enter_context(replay_server(config, run))

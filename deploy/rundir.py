@@ -9,14 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deploy.config import (
-    FILE_NAME,
-    ConfigError,
-    TrainConfig,
-    load_config,
-    require_resumable,
-    save_config,
-)
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, require_resumable
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +18,10 @@ LOCK = "lock"
 
 @contextmanager
 def run_directory(config: TrainConfig) -> Iterator[Path]:
-    """Lock the run directory for the time of the block, and leave the configuration in it.
+    """Lock the run directory for the time of the block, if the configuration may run there.
+
+    The configuration is not left in it yet: a run that cannot start must not keep its corrected
+    successor out.
 
     Raises:
         ConfigError: another process runs there, it holds a run of another configuration (the
@@ -49,7 +45,6 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
                 f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose "
                 "another --run-dir"
             )
-        save_config(config, saved)
         yield directory
     finally:
         os.close(lock)

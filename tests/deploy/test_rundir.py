@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.config import ConfigError, load_config
+from deploy.config import ConfigError, load_config, save_config
 from deploy.presets import preset
 from deploy.rundir import run_directory
 
@@ -26,22 +26,23 @@ def config(directory: Path, **changes: object):  # type: ignore[no-untyped-def]
     return replace(preset("v3-cartpole", "debug"), run_dir=directory / "run", **changes)  # type: ignore[arg-type]
 
 
-def test_a_new_run_leaves_its_resolved_configuration(tmp_path: Path) -> None:
-    wanted = config(tmp_path)
-    with run_directory(wanted) as directory:
-        assert load_config(directory / "config.yaml") == wanted
-
-
 def test_the_same_configuration_continues_and_may_go_further(tmp_path: Path) -> None:
+    with run_directory(config(tmp_path)) as directory:
+        save_config(config(tmp_path), directory / "config.yaml")
+    with run_directory(config(tmp_path, steps=99_000)) as directory:
+        assert directory == tmp_path / "run"
+
+
+def test_a_run_that_could_not_start_does_not_keep_another_out(tmp_path: Path) -> None:
+    with run_directory(config(tmp_path, env="NoSuchEnv-v0")):
+        pass
     with run_directory(config(tmp_path)):
         pass
-    with run_directory(config(tmp_path, steps=99_000)) as directory:
-        assert load_config(directory / "config.yaml").steps == 99_000
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path: Path) -> None:
-    with run_directory(config(tmp_path)):
-        pass
+    with run_directory(config(tmp_path)) as directory:
+        save_config(config(tmp_path), directory / "config.yaml")
     other = config(tmp_path, train_ratio=7.0, seed=5)
     with pytest.raises(ConfigError, match=r"seed.*train_ratio.*7\.0"):
         with run_directory(other):
