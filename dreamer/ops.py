@@ -51,7 +51,7 @@ def sample_onehot(probs: Tensor) -> Tensor:
 
 def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
     """Return the one-hot value with the gradient of the probabilities (DreamerV2, Algorithm 1)."""
-    return sample + probs - probs.detach()
+    return sample + (probs - probs.detach())
 
 
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def twohot(target: Tensor, bins: Tensor) -> Tensor:
     """Return the dense two-hot encoding (…, bins) of the targets (…); the weights sum to one."""
     below, above, weight = twohot_neighbours(target, bins)
     count = bins.shape[0]
-    low, high = onehot(below, count), onehot(above, count)
+    low, high = onehot(below, count, weight.dtype), onehot(above, count, weight.dtype)
     return torch.lerp(low, high, weight[..., None])
 
 
