@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -86,14 +87,13 @@ def _measure(
     from dreamer.agent import make_agent
     from dreamer.presets import agent_config
     from dreamer.spaces import BoxAction, ImageSpec, VectorSpec
-    from learner.allocator import keep_freed_memory
     from learner.step import UpdateStep
+    from learner.tuning import tune_for_cpu
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     if device == "cpu":
-        keep_freed_memory()
-        torch.set_flush_denormal(True)
+        tune_for_cpu()
     image = {"image": ImageSpec(shape=(64, 64, 3))}
     obs_space: Any = image if modality == "pixels" else {"vector": VectorSpec(shape=(24,))}
     actions: Any = {"action": BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)}
@@ -159,19 +159,15 @@ def _split(step: Any, repeats: int) -> dict[str, float]:
 
     for _ in range(repeats):
         batch = timed("data", lambda: make_batch(step.sample(), agent))
-        rollout = timed("observe", lambda batch=batch: agent.observe(batch))
-        losses, _ = timed("model", lambda b=batch, r=rollout: agent.model_losses(b, r))
-        dream = timed("imagination", lambda r=rollout: agent.imagine(r))
-        more, _ = timed(
-            "behaviour", lambda b=batch, r=rollout, d=dream: agent.behaviour_losses(b, r, d)
-        )
-        total = sum(value.mean() for value in (losses | more).values())
-        params = agent.groups()[0].params
-        grads = timed(
-            "backward",
-            lambda t=total, p=params: torch.autograd.grad(t, p, materialize_grads=True),
-        )
-        timed("optimiser", lambda g=grads: agent.groups()[0].optimiser.step(list(g)))
+        rollout = timed("observe", partial(agent.observe, batch))
+        losses, _ = timed("model", partial(agent.model_losses, batch, rollout))
+        dream = timed("imagination", partial(agent.imagine, rollout))
+        more, _ = timed("behaviour", partial(agent.behaviour_losses, batch, rollout, dream))
+        total = torch.stack([value.mean() for value in (losses | more).values()]).sum()
+        (group,) = agent.groups()
+        gradient = partial(torch.autograd.grad, total, group.params, materialize_grads=True)
+        grads = timed("backward", gradient)
+        timed("optimiser", partial(group.optimiser.step, list(grads)))
     return {name: median(values) for name, values in times.items()}
 
 
@@ -211,4 +207,4 @@ def _timed(work: Callable[[], Any]) -> float:
 
 if __name__ == "__main__":
     words, numbers = sys.argv[1:5], [int(word) for word in sys.argv[5:]]
-    print(json.dumps(_measure(*words, *numbers)))  # type: ignore[call-arg, arg-type]
+    sys.stdout.write(json.dumps(_measure(*words, *numbers)) + "\n")  # type: ignore[call-arg, arg-type]

@@ -230,10 +230,13 @@ def make_learner(
     from learner.publish import Publisher
     from learner.record import Recorder
     from learner.step import UpdateStep
+    from learner.tuning import tune_for_cpu
 
     knobs, digest = config.learner, config_hash(config)
     if knobs.threads:
         torch.set_num_threads(knobs.threads)
+    if device == "cpu":
+        tune_for_cpu()
     torch.manual_seed(config.seed)
     agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
     bf16 = knobs.precision == "bf16" or (knobs.precision == "auto" and device.startswith("cuda"))
