@@ -297,9 +297,7 @@ def test_lambda_return_does_not_look_past_a_terminal_state() -> None:
 
 
 def test_cumulative_weight_is_the_running_product() -> None:
-    close(
-        ops.cumulative_weight(torch.tensor([[0.5, 1.0, 0.5]]), 0.5), [[1.0, 1.0, 0.5]]
-    )
+    close(ops.cumulative_weight(torch.tensor([[0.5, 1.0, 0.5]]), 0.5), [[1.0, 1.0, 0.5]])
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
