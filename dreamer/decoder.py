@@ -35,9 +35,10 @@ class Decoder(nn.Module):
             )
         if self.vectors:
             self.mlp = MLP(deter + stoch, config.layers, config.units)
-            self.outs = nn.ModuleDict()
-            for key in self.vectors:
-                self.outs[key.replace(".", "/")] = Linear(config.units, vector_width(space, key))
+            # A list, because not every key can be the name of a module.
+            self.outs = nn.ModuleList(
+                Linear(config.units, vector_width(space, key)) for key in self.vectors
+            )
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensors:
         """(B, T, D), (B, T, S·K) → {key: (B, T, …)}.
@@ -47,8 +48,8 @@ class Decoder(nn.Module):
         lead, out = deter.shape[:2], {}
         if self.vectors:
             hidden = self.mlp(torch.cat([deter, stoch], -1))
-            for key in self.vectors:
-                out[key] = self.outs[key.replace(".", "/")](hidden).float()
+            for key, head in zip(self.vectors, self.outs, strict=True):
+                out[key] = head(hidden).float()
         for size, keys in self.groups.items():
             logits = self.towers[str(size)](deter.flatten(0, 1), stoch.flatten(0, 1)).float()
             widths = [image_channels(self.space, key) for key in keys]
