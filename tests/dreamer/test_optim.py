@@ -1,0 +1,143 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreamer.optim import LaProp
+from tests.dreamer.cases import close, golden
+
+DEFAULTS: dict[str, Any] = {
+    "lr": 4e-5,
+    "warmup": 1000,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-20,
+    "agc": 0.3,
+    "agc_floor": 1e-3,
+}
+
+
+def make(params: list[nn.Parameter], **changes: Any) -> LaProp:
+    return LaProp(params, **(DEFAULTS | changes))
+
+
+def parameters() -> list[nn.Parameter]:
+    rng = np.random.default_rng(0)
+    shapes = [(4, 3), (5,), (2, 2, 3), ()]
+    params = [nn.Parameter(torch.tensor(rng.normal(size=s), dtype=torch.float32)) for s in shapes]
+    return [*params, nn.Parameter(torch.zeros(6))]
+
+
+def test_ten_steps_equal_a_plain_loop_over_tensors() -> None:
+    params = parameters()
+    optim = make(params, lr=0.01, warmup=4)
+    values = [p.detach().double().numpy().copy() for p in params]
+    squares, momenta = ([np.zeros_like(v) for v in values] for _ in range(2))
+    rng = np.random.default_rng(1)
+    for k in range(10):
+        grads = [rng.normal(size=v.shape) * 10.0 ** rng.integers(-6, 4) for v in values]
+        optim.step([torch.tensor(g, dtype=torch.float32) for g in grads])
+        rate = 0.01 * min(1.0, k / 4)
+        for i, g in enumerate(grads):
+            limit = 0.3 * max(1e-3, np.linalg.norm(values[i]))
+            g = g / max(1.0, np.linalg.norm(g) / limit)
+            squares[i] = 0.999 * squares[i] + 0.001 * g**2
+            scaled = g / (np.sqrt(squares[i] / (1 - 0.999 ** (k + 1))) + 1e-20)
+            momenta[i] = 0.9 * momenta[i] + 0.1 * scaled
+            values[i] = values[i] - rate * momenta[i] / (1 - 0.9 ** (k + 1))
+    for param, value in zip(params, values, strict=True):
+        close(param, value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_ramps_up_linearly_from_zero() -> None:
+    given, want = golden("warmup")
+    optim = make([nn.Parameter(torch.ones(1))], lr=given["lr"], warmup=given["warmup"])
+    rates = []
+    for update in (0, 1, 500, 1000, 5000):
+        optim.count.fill_(update)
+        rates.append(optim.rate().item())
+    assert rates == pytest.approx([*want["v3_lr_at_update_0_1_500_1000"], given["lr"]], rel=1e-6)
+
+
+def test_update_zero_moves_nothing_and_update_one_does() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optim = make([param])
+    assert optim.step([torch.ones(3)])["lr"] == 0.0
+    assert torch.equal(param.detach(), torch.ones(3))
+    optim.step([torch.ones(3)])
+    close(param, torch.full((3,), 1 - 4e-8), rtol=1e-7)
+
+
+def test_without_warm_up_the_first_update_has_the_full_rate() -> None:
+    param = nn.Parameter(torch.ones(3))
+    optim = make([param], lr=0.1, warmup=0)
+    assert optim.step([torch.tensor([1.0, -1.0, 0.0])])["lr"] == pytest.approx(0.1)
+    close(param, [0.9, 1.1, 1.0])
+
+
+def test_clipping_matches_the_golden_values() -> None:
+    given, want = golden("agc")
+    param, grad = torch.tensor(given["param"]), torch.tensor(given["grad"])
+    optim = make([], agc=given["clip"], agc_floor=given["pmin"])
+    (clipped, zero), share, norm = optim._clip([param, torch.zeros_like(param)], [grad, grad])
+    close(clipped, want["clipped"])
+    close(clipped.norm(), want["clipped_norm"])
+    close(zero, want["zero_param_clipped"], rtol=1e-5)
+    close(zero.norm(), want["zero_param_upper"], rtol=1e-5)
+    close(share, 1.0)
+    close(norm, 50**0.5)
+
+
+def test_small_gradients_are_not_clipped() -> None:
+    grad = torch.full((4,), 1e-3)
+    (clipped,), share, _ = make([])._clip([torch.ones(4)], [grad])
+    assert torch.equal(clipped, grad) and share == 0.0
+
+
+def test_a_changed_rate_acts_at_once_because_it_multiplies_after_the_momentum() -> None:
+    param = nn.Parameter(torch.ones(2))
+    optim = make([param], lr=0.1, warmup=0)
+    optim.step([torch.ones(2)])
+    before, optim.lr = param.detach().clone(), 0.0
+    optim.step([torch.ones(2)])
+    assert torch.equal(param.detach(), before)
+
+
+def test_zero_gradients_stay_finite() -> None:
+    param = nn.Parameter(torch.zeros(3))
+    optim = make([param], lr=0.1, warmup=0)
+    metrics = optim.step([torch.zeros(3)])
+    assert not param.any()
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+def test_metrics_describe_the_step() -> None:
+    param = nn.Parameter(torch.tensor([3.0, 4.0]))
+    metrics = make([param], lr=0.1, warmup=0).step([torch.tensor([30.0, 40.0])])
+    assert metrics["grad_norm"] == pytest.approx(50.0)
+    assert metrics["grad_clip_fraction"] == 1.0
+    assert metrics["update_rms"] == pytest.approx(0.1, rel=1e-4)
+    assert metrics["param_norm"] == pytest.approx((2.9**2 + 3.9**2) ** 0.5, rel=1e-4)
+
+
+def test_a_restored_optimiser_goes_on_exactly() -> None:
+    torch.manual_seed(0)
+    grads = [[torch.randn_like(p) for p in parameters()] for _ in range(6)]
+    straight = parameters()
+    optim = make(straight, lr=0.01, warmup=3)
+    for grad in grads:
+        optim.step(grad)
+    first, second = parameters(), parameters()
+    before, after = (make(params, lr=0.01, warmup=3) for params in (first, second))
+    for grad in grads[:3]:
+        before.step(grad)
+    after.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        for source, target in zip(first, second, strict=True):
+            target.copy_(source)
+    for grad in grads[3:]:
+        after.step(grad)
+    for left, right in zip(straight, second, strict=True):
+        assert torch.equal(left, right)
