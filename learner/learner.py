@@ -141,9 +141,19 @@ class Learner:
         return self._finish()
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint, on a mirror that has been rebuilt from the log."""
+        """Continue from a checkpoint, on a mirror that has been rebuilt from the log.
+
+        Raises:
+            LearnerError: it holds another agent.
+        """
         state = saved.state
-        self.agent.load_state_dict(state["agent"])
+        try:
+            self.agent.load_state_dict(state["agent"])
+        except RuntimeError as error:
+            raise LearnerError(
+                f"checkpoint {saved.path} holds another agent: {error}; it was written by another "
+                "version of this program: continue it with that one, or choose another --run-dir"
+            ) from error
         self.mirror.restore_online(state["online"])
         self.updates = self._logged_update = int(state["updates"])
         self._saved_steps = int(state["env_steps"])

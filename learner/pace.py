@@ -78,6 +78,7 @@ class LockstepPace:
         self._mirror, self._limiter = mirror, limiter
         self._collect, self._cut = collect, cut
         self._expected = 0
+        self._cut_due = False
 
     def may_update(self, updates: int) -> bool:
         """Return whether a whole round has been absorbed, and an update is owed for it."""
@@ -94,13 +95,16 @@ class LockstepPace:
         """Wait for the rest of the round, or collect the next one with the current weights."""
         if self._mirror.inserted_steps < self._expected:
             self._mirror.wait(timeout_s)
-        else:
-            self._expected = self._collect(updates)
+            return
+        if self._cut_due:
+            self._cut()
+            self._cut_due = False
+        self._expected = self._collect(updates)
 
     def at_rest(self, updates: int) -> bool:
         """Return whether the round has arrived and all its updates are done."""
         return self._mirror.inserted_steps >= self._expected and not self.may_update(updates)
 
     def saved(self) -> None:
-        """Cut what a resumed run could not continue, so that this one does not either."""
-        self._cut()
+        """Plan to cut what a resumed run could not continue, if this one goes on."""
+        self._cut_due = True
