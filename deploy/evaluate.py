@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -206,6 +207,8 @@ def _play_checkpoint(
 ) -> list[Episode]:
     from actors.envs import make_env
 
+    # Pictures are drawn into memory; without a screen SDL would otherwise complain on each start.
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     seed = config.seed + SEED_OFFSET if options.seed is None else options.seed
     envs: list[Any] = []
     try:
@@ -249,7 +252,7 @@ def _camera(frames: list[NDArray[np.uint8]]) -> Callable[[Env, Arrays], None]:
         if picture is None:
             picture = next((x for x in obs.values() if x.dtype == np.uint8 and x.ndim == 3), None)
         if picture is not None:
-            step = max(1, picture.shape[1] // VIDEO_WIDTH)
+            step = -(-picture.shape[1] // VIDEO_WIDTH)
             small = picture[::step, ::step, -3:]
             frames.append(np.repeat(small, 3, axis=-1) if small.shape[-1] == 1 else small)
 
