@@ -61,6 +61,9 @@ class EncoderConfig:
     units: int = 1024
     """Width of the vector MLP."""
 
+    def __post_init__(self) -> None:
+        _check_odd("encoder.kernel", self.kernel, "so that images keep their size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -79,6 +82,16 @@ class DecoderConfig:
     blocks: int = 8
     """Blocks of the image stem's deterministic branch."""
 
+    def __post_init__(self) -> None:
+        _check_odd("decoder.kernel", self.kernel, "so that images keep their size")
+        width = self.depth * self.mults[-1]
+        if width % self.blocks:
+            raise ValueError(
+                f"decoder.depth times the last of decoder.mults must be a multiple of "
+                f"decoder.blocks, got {self.depth}·{self.mults[-1]} and {self.blocks}; "
+                "try another --agent.decoder.depth"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
@@ -92,6 +105,9 @@ class HeadConfig:
     """Multiple of the initialiser's standard deviation in the output layer; 0 starts at zero."""
     bins: int = 255
     """Bins of a two-hot head; ignored by the Bernoulli head."""
+
+    def __post_init__(self) -> None:
+        _check_odd("bins", self.bins, "so that the middle one is zero")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,4 +233,21 @@ class AgentConfig:
     free_nats: float = 1.0
     """KL below which neither dyn nor rep has a gradient, per replayed step."""
     context: int = 1
-    """Records before the trained window whose stored latent starts it."""
+    """Records before the trained window whose stored latent starts it: 1, or 0 for zeros."""
+
+    def __post_init__(self) -> None:
+        if self.rssm.deter % self.decoder.blocks:
+            raise ValueError(
+                f"rssm.deter must be a multiple of decoder.blocks, got {self.rssm.deter} and "
+                f"{self.decoder.blocks}; try --agent.decoder.blocks {self.rssm.blocks}"
+            )
+        if self.context not in (0, 1):
+            raise ValueError(
+                f"context is 1 (windows start from the stored latent of the record before) or 0 "
+                f"(they start from zeros), got {self.context}"
+            )
+
+
+def _check_odd(name: str, value: int, reason: str) -> None:
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} must be odd {reason}, got {value}; try {max(1, value + 1)}")

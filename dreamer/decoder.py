@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dreamer import ops
 from dreamer.config import DecoderConfig
-from dreamer.conv import ConvDecoder
+from dreamer.conv import ConvDecoder, check_image_size
 from dreamer.encoder import (
     Tensors,
     image_channels,
@@ -29,6 +29,7 @@ class Decoder(nn.Module):
         depths = tuple(config.depth * mult for mult in config.mults)
         self.towers = nn.ModuleDict()
         for size, keys in self.groups.items():
+            check_image_size(keys[0], size, len(depths))
             channels = sum(image_channels(space, key) for key in keys)
             self.towers[str(size)] = ConvDecoder(
                 size, channels, depths, config.kernel, deter, stoch, config.units, config.blocks
