@@ -128,11 +128,11 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
     videos = directory / "videos" / "index.html"
     if videos.exists():
         grid.add_row("videos", str(videos))
-    next_steps = "\n".join(f"  {command}" for command in try_next(directory, snapshot))
-    return Panel(
-        Group(grid, Text("\ntry next", _FAINT), Text(next_steps, overflow="fold")),
-        title=str(directory),
-        title_align="left",
+    # Outside the frame, so that they can be copied.
+    commands = Text("\n".join(f"  {command}" for command in try_next(directory, snapshot)))
+    commands.overflow = "fold"
+    return Group(
+        Panel(grid, title=str(directory), title_align="left"), Text("try next", _FAINT), commands
     )
 
 
@@ -204,7 +204,7 @@ def _print_lines(read: Callable[[], Snapshot | None], stop: threading.Event) -> 
 def _grid() -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=_FAINT, no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     return grid
 
 
