@@ -88,19 +88,20 @@ class Policy(nn.Module):
         outer = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
-            action = self._step(obs, torch.from_numpy(is_first), mode)
+            action = self._step(obs, torch.from_numpy(np.array(is_first)), mode)
         finally:
             self._random = torch.get_rng_state()
             torch.set_rng_state(outer)
-        actions = {key: value.numpy() for key, value in self.codec.record(action).items()}
+        # Copies, because the recurrent state keeps the action for the next step.
+        actions = {key: value.numpy().copy() for key, value in self.codec.record(action).items()}
         return actions, self._record()
 
     def _step(self, obs: Mapping[str, NDArray[Any]], is_first: Tensor, mode: str) -> Tensor:
         assert self._state is not None
         deter, stoch, previous = self._state
-        tensors = {
-            key: torch.from_numpy(np.ascontiguousarray(x)).unsqueeze(1) for key, x in obs.items()
-        }
+        # Arrays that are not contiguous or read-only are copied: torch cannot wrap them.
+        arrays = {key: np.require(x, requirements=["C", "W"]) for key, x in obs.items()}
+        tensors = {key: torch.from_numpy(x).unsqueeze(1) for key, x in arrays.items()}
         keep = (~is_first).float()[:, None]
         embed = self.rssm.posterior.project_embed(self.encoder(tensors)[:, 0])
         drive = self.rssm.core.project_action(previous * keep)
