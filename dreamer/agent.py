@@ -229,7 +229,9 @@ def record_columns(
     columns += [("reward", "float32", ())]
     columns += [(name, "bool", ()) for name in ("is_first", "is_last", "is_terminal")]
     if config.context:
-        rssm = agent_class(config.name).policy_parts(config, obs_space, action_space).rssm
+        # Only shapes are asked for: no memory, no initialisation, no random numbers.
+        with torch.device("meta"):
+            rssm = agent_class(config.name).policy_parts(config, obs_space, action_space).rssm
         columns.append(("deter", "float16", (rssm.core.deter,)))
         columns.append(("stoch", *rssm.latent.record_spec()))
     return columns
