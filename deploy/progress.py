@@ -32,8 +32,6 @@ ENDED = ("finished", "stopped", "failed")
 """Phases of a run that is over."""
 LOSSES = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
 MOST_ACTORS = 16
-MOST_REASON = 60
-"""Characters of an actor's reason that are shown."""
 _GOOD, _FAINT = "bold green", "dim"
 
 log = logging.getLogger(__name__)
@@ -270,18 +268,19 @@ def _losses(snapshot: Snapshot) -> str:
 
 def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
     table = Table(box=None, header_style=_FAINT, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("actor", "state", "steps", "steps/s", "episodes", "weights", "restarts"):
-        table.add_column(name, justify="left" if name in ("actor", "state") else "right")
+    for name in ("actor", "steps", "steps/s", "episodes", "weights", "restarts"):
+        table.add_column(name, justify="left" if name == "actor" else "right", no_wrap=True)
+    table.add_column("state", no_wrap=True, overflow="ellipsis")
     for actor in actors[:MOST_ACTORS]:
         version = actor.get("version")
         table.add_row(
             str(actor.get("slot", "-")),
-            _doing(actor),
             count(actor.get("env_steps")),
             rate(actor.get("env_steps_per_s")),
             count(actor.get("episodes")),
             ".".join(map(str, version)) if isinstance(version, list | tuple) else "-",
             count(actor.get("restarts")),
+            _doing(actor),
         )
     if len(actors) > MOST_ACTORS:
         table.add_row(f"and {len(actors) - MOST_ACTORS} more", *[""] * 6)
@@ -291,9 +290,8 @@ def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
 def _doing(actor: Mapping[str, Any]) -> str:
     """Return an actor's state, with what holds it up."""
     state, blocked, trouble = (str(actor.get(k) or "") for k in ("state", "blocked", "trouble"))
-    reason = blocked if state in ("blocked", "acting") else trouble
-    shown = f"{state}: {reason}" if reason else state
-    return (shown if len(shown) <= MOST_REASON else shown[: MOST_REASON - 1] + "…") or "-"
+    reason = " ".join((blocked if state in ("blocked", "acting") else trouble).split())
+    return (f"{state}: {reason}" if reason else state) or "-"
 
 
 def _existing(path: Path | None) -> str:
