@@ -267,10 +267,10 @@ def _losses(snapshot: Snapshot) -> str:
 
 
 def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
-    table = Table(box=None, header_style=_FAINT, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, header_style=_FAINT, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
     for name in ("actor", "steps", "steps/s", "episodes", "weights", "restarts"):
         table.add_column(name, justify="left" if name == "actor" else "right", no_wrap=True)
-    table.add_column("state", no_wrap=True, overflow="ellipsis")
+    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
     for actor in actors[:MOST_ACTORS]:
         version = actor.get("version")
         table.add_row(
