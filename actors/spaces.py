@@ -185,7 +185,8 @@ def _vector_part(name: str, space: spaces.Box) -> tuple[ObsSpec, Callable[[Any],
             raise BadOutput("shape", f"{name}: got shape {value.shape}, expected {shape}")
         if value.dtype.kind not in kinds:
             raise BadOutput("dtype", f"{name}: got {value.dtype}, expected {space.dtype}")
-        vector = value.astype(np.float32).reshape(-1)
+        with np.errstate(over="ignore"):  # what overflows is not finite, and rejected below
+            vector = value.astype(np.float32).reshape(-1)
         if not np.isfinite(vector).all():
             raise BadOutput("not_finite", f"{name}: got {_shown(value)}")
         if (vector < least).any() or (vector > most).any():

@@ -108,6 +108,8 @@ def _from_module(env_id: str, kwargs: dict[str, Any]) -> Any:
         raise EnvError(
             f"environment {env_id!r}: module {module_name} has no {name!r}{nearest(name, known)}"
         )
+    if not callable(made):
+        raise EnvError(f"environment {env_id!r} is no class, but {type(made).__name__}")
     env = made(**kwargs)
     for attribute in ("observation_space", "action_space", "reset", "step"):
         if not hasattr(env, attribute):
