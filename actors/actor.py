@@ -109,6 +109,7 @@ class ActorProcess:
         self._spec, self._source = spec, source
         self._phase: Phase = "replay"
         self._failed_in = self._error = self._trace = ""
+        self._stale = False
         self._stop, self._drain_s = threading.Event(), 10.0
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -136,6 +137,7 @@ class ActorProcess:
         now = time.monotonic()
         rates = [rate.at(now, count) for rate, count in zip(self._rates, steps, strict=True)]
         age_s = refresher.age_s if refresher else 0.0
+        self._warn_if_stale(age_s)
         return {
             "slot": self._spec.slot,
             "life": self._spec.life,
@@ -163,9 +165,17 @@ class ActorProcess:
             "inserted_steps": uploader.stats.steps if uploader else 0,
             "version": list(refresher.version) if refresher else [-1, -1],
             "weights_age_s": age_s,
-            "weights_stale": age_s > self._spec.actor.max_policy_age_s,
+            "weights_stale": self._stale,
             "weights_rejected": refresher.stats.rejected if refresher else 0,
         }
+
+    def _warn_if_stale(self, age_s: float) -> None:
+        limit = self._spec.actor.max_policy_age_s
+        if age_s > limit and not self._stale:
+            log.warning(
+                "weights_stale slot=%d age_s=%.0f limit_s=%.0f", self._spec.slot, age_s, limit
+            )
+        self._stale = age_s > limit
 
     def collect(self, n_steps: int, version: Version, timeout_s: float = 600.0) -> int:
         """Take steps with one version of the policy and have them all acknowledged (lockstep).

@@ -36,10 +36,10 @@ class Supervision:
     answer_timeout_s: float = 30.0
     """Seconds after which an actor that does not answer is replaced."""
     start_timeout_s: float = 300.0
-    """Seconds that an actor may take until its first step."""
-    progress_timeout_s: float = 180.0
-    """Seconds without a step, and without a reason to wait, after which an actor is replaced; more
-    than an environment may hang."""
+    """Seconds that a new actor may take until its first answer."""
+    progress_timeout_s: float = 60.0
+    """Seconds without a step, and without a reason to wait, after which an actor is replaced, on
+    top of what an environment may take to hang and start again."""
     most_restarts: int = 5
     """Restarts of one slot within the window that are taken for bad luck."""
     restart_window_s: float = 600.0
@@ -66,8 +66,11 @@ class _Slot:
     state: str = "starting"
     acted: bool = False
     trouble: str = ""
-    trouble_in: str = ""
+    trace: str = ""
+    failed_in: str = ""
     steps_before: int = 0
+    steps_seen: int = 0
+    progress_at: float = 0.0
 
 
 class Fleet:
@@ -125,7 +128,8 @@ class Fleet:
         """Return the last answer of every actor, with its state, restarts and last trouble.
 
         The state is starting, acting, blocked, restarting, quarantined or stopped. `env_steps`
-        counts the records of all lives of the slot.
+        counts the records of all lives of the slot. `trouble` is why it was last replaced, `trace`
+        the traceback of that, if there is one.
         """
         with self._lock:
             return [
@@ -136,6 +140,7 @@ class Fleet:
                     "state": slot.state,
                     "restarts": slot.life,
                     "trouble": slot.trouble,
+                    "trace": slot.trace,
                     "env_steps": slot.steps_before + slot.last.get("env_steps", 0),
                 }
                 for slot in self._slots
@@ -215,7 +220,7 @@ class Fleet:
             .remote(spec, self._source)
         )
         slot.state, slot.question, slot.last = "starting", None, {}
-        slot.started_at = time.monotonic()
+        slot.steps_seen, slot.started_at = 0, time.monotonic()
         log.info("actor_started slot=%d life=%d", slot.number, slot.life)
 
     def _remove(self, slot: _Slot) -> None:
@@ -268,26 +273,28 @@ class Fleet:
             self._replace(slot, "died", str(error))
             return
         slot.last = answer
-        slot.acted |= answer["env_steps"] > 0
+        self._note_progress(slot, answer)
         if answer["phase"] == "failed":
-            slot.trouble_in = answer["failed_in"]
-            self._replace(slot, "failed", answer["trace"] or answer["error"], answer["error"])
+            slot.failed_in = answer["failed_in"]
+            self._replace(slot, "failed", answer["error"], answer["trace"])
         elif answer["phase"] != "acting":
+            # Whatever an actor waits for before its first step has a deadline there or is visible.
             slot.state = "starting"
-            limit = self._limits.start_timeout_s
-            # An actor may wait for the server or for the first weights as long as they take.
-            waits = answer["phase"] in ("replay", "weights")
-            if not waits and time.monotonic() - slot.started_at > limit:
-                self._replace(
-                    slot, "hung", f"no step within {limit:.0f} s, still in {answer['phase']}"
-                )
         elif answer["blocked"]:
             slot.state = "blocked"
         else:
             slot.state = "acting"
-            idle_s, limit = answer["last_step_age_s"], self._limits.progress_timeout_s
+            actor, idle_s = self._spec.actor, time.monotonic() - slot.progress_at
+            limit = self._limits.progress_timeout_s + actor.hang_timeout_s + actor.start_timeout_s
             if idle_s > limit and not self._spec.lockstep:
                 self._replace(slot, "hung", f"no step for {idle_s:.0f} s")
+
+    def _note_progress(self, slot: _Slot, answer: dict[str, Any]) -> None:
+        """Take note of steps, and of good reasons for there being none."""
+        steps = answer["env_steps"]
+        slot.acted |= steps > 0
+        if steps != slot.steps_seen or answer["blocked"] or answer["phase"] != "acting":
+            slot.steps_seen, slot.progress_at = steps, time.monotonic()
 
     def _take_silence(self, slot: _Slot) -> None:
         since = slot.asked_at if slot.last else slot.started_at
@@ -295,13 +302,13 @@ class Fleet:
         if time.monotonic() - since > limit:
             self._replace(slot, "hung", f"no answer for {limit:.0f} s")
 
-    def _replace(self, slot: _Slot, reason: str, trouble: str, message: str = "") -> None:
+    def _replace(self, slot: _Slot, reason: str, trouble: str, trace: str = "") -> None:
         """Remove whoever fills the slot, and plan its successor unless the slot is given up."""
         self._remove(slot)
-        slot.trouble = trouble
+        slot.trouble, slot.trace = trouble, trace
         slot.steps_before += slot.last.get("env_steps", 0)
-        slot.last = {"error": message or trouble}
-        log.warning("actor_lost slot=%d reason=%s trouble=%s", slot.number, reason, message)
+        slot.last = {}
+        log.warning("actor_lost slot=%d reason=%s trouble=%s", slot.number, reason, trouble)
         now = time.monotonic()
         while slot.restarts and now - slot.restarts[0] > self._limits.restart_window_s:
             slot.restarts.popleft()
@@ -320,12 +327,11 @@ class Fleet:
 
     def _judge(self) -> None:
         """Decide whether there is any point in going on."""
-        troubled = [slot for slot in self._slots if slot.trouble]
-        if len(troubled) == len(self._slots) and not any(slot.acted for slot in self._slots):
-            first = troubled[0]
+        if all(slot.failed_in and not slot.acted for slot in self._slots):
+            first = self._slots[0]
             self._fail(
-                f"no actor could start acting; actor {first.number} failed in "
-                f"{first.trouble_in or 'its process'}: {first.last.get('error', first.trouble)}"
+                f"no actor could start to act; actor {first.number} failed in the phase "
+                f"{first.failed_in!r}: {first.trouble}"
             )
             return
         given_up = [slot for slot in self._slots if slot.state == "quarantined"]
@@ -333,7 +339,8 @@ class Fleet:
             self._fail(
                 f"{len(given_up)} of {len(self._slots)} actors failed more than "
                 f"{self._limits.most_restarts} times in {self._limits.restart_window_s:.0f} s; "
-                f"actor {given_up[0].number} last with:\n{given_up[0].trouble}"
+                f"actor {given_up[0].number} last with: "
+                f"{given_up[0].trace or given_up[0].trouble}"
             )
 
     def _fail(self, message: str) -> None:
