@@ -108,7 +108,7 @@ def random_batch(agent: DreamerV3, size: int = 2, length: int = 5, seed: int = 0
     """Return a batch with an episode end inside and a latent before the window."""
     draw = torch.Generator().manual_seed(seed)
     flags = torch.zeros(3, size, length, dtype=torch.bool)
-    flags[0, 0, 3] = flags[1:, 0, 2] = True
+    flags[0, 0, 3:4] = flags[1:, 0, 2:3] = True
     rssm = agent.config.rssm
     index = torch.randint(rssm.classes, (size, rssm.stoch), generator=draw)
     stoch = nn.functional.one_hot(index, rssm.classes).float()

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from dreamer.agent import POLICY_PARTS, Agent, make_agent, record_columns
+from dreamer.rssm import State
+from dreamer.spaces import ImageSpec
+from tests.dreamer.cases import (
+    ACTIONS,
+    OBS,
+    TURN,
+    VECTOR,
+    debug_agent,
+    debug_config,
+    random_batch,
+)
+
+
+def test_an_agent_is_built_from_its_name() -> None:
+    agent = make_agent(debug_config(), OBS, ACTIONS)
+    assert isinstance(agent, Agent) and type(agent).__name__ == "DreamerV3"
+
+
+@pytest.mark.parametrize(
+    ("obs", "actions", "words"),
+    [
+        ({}, TURN, "observation space is empty"),
+        (VECTOR, {}, "action space is empty"),
+        ({"image": ImageSpec(shape=(84, 84, 1))}, TURN, "multiple of 16"),
+        ({"reward": VECTOR["vector"]}, TURN, "column name"),
+    ],
+)
+def test_a_space_that_the_agent_cannot_take_is_refused(obs, actions, words) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=words):
+        make_agent(debug_config(), obs, actions)
+
+
+def test_equal_seeds_build_equal_agents() -> None:
+    left, right, other = debug_agent(seed=1), debug_agent(seed=1), debug_agent(seed=2)
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(left.encoder.mlp[0].linear.weight, other.encoder.mlp[0].linear.weight)
+
+
+def test_the_parts_that_act_are_the_parts_that_are_published() -> None:
+    names = {name.split(".")[0] for name in debug_agent(OBS, ACTIONS).policy_tensors()}
+    assert names == set(POLICY_PARTS)
+
+
+def test_latents_survive_the_record_within_half_precision() -> None:
+    agent = debug_agent()
+    stoch = torch.eye(4)[torch.randint(4, (2, 3, 4))]
+    states = State(torch.rand(2, 3, 16, requires_grad=True) * 2 - 1, stoch)
+    stored = agent.to_record(states)
+    assert stored["deter"].dtype == torch.float16 and not stored["deter"].requires_grad
+    back = agent.from_record(stored["deter"], stored["stoch"])
+    assert back.deter.dtype == torch.float32 and torch.equal(back.stoch, stoch)
+    assert (back.deter - states.deter).abs().max() < 1e-3
+
+
+def test_the_latents_of_an_update_fit_the_columns_of_the_record() -> None:
+    agent = debug_agent()
+    _, latents = agent.update(random_batch(agent, 2, 5))
+    columns = {name: (dtype, shape) for name, dtype, shape in record_columns(
+        debug_config(), VECTOR, TURN
+    )}  # fmt: skip
+    for name in ("deter", "stoch"):
+        dtype, shape = columns[name]
+        assert str(latents[name].dtype) == f"torch.{dtype}"
+        assert latents[name].shape == (2, 5, *shape)
+
+
+def test_an_agent_without_stored_latents_gives_none_back() -> None:
+    agent = debug_agent(config=debug_config(context=0))
+    assert agent.update(random_batch(agent))[1] == {}
+
+
+def test_the_checkpoint_holds_everything_that_the_next_update_needs() -> None:
+    left, right = debug_agent(OBS, ACTIONS), debug_agent(OBS, ACTIONS, seed=1)
+    batch = random_batch(left)
+    for _ in range(3):
+        left.update(batch)
+    right.load_state_dict(left.state_dict())
+    for agent in (left, right):
+        torch.manual_seed(4)
+        agent.update(batch)
+    for (name, a), b in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_checkpoint_names_parameters_slow_critic_optimiser_and_normaliser() -> None:
+    names = set(debug_agent().state_dict())
+    tops = {name.split(".")[0] for name in names}
+    assert tops >= {"encoder", "rssm", "actor", "decoder", "reward", "cont", "critic"}
+    assert {"return_scale.low", "return_scale.high", "optimiser.count"} <= names
+    assert any(name.startswith("slow_critic.") for name in names)
+    assert any(name.startswith("optimiser.momentum_") for name in names)
