@@ -98,7 +98,7 @@ def _serve(channel: Channel, env: Env) -> None:
 
 
 def _respond(
-    env: Env, kind: int, payload: bytearray, answer: Layout, actions: Layout
+    env: Env, kind: int, payload: bytes, answer: Layout, actions: Layout
 ) -> tuple[int, bytes]:
     begin = time.perf_counter()
     values: dict[str, Any] = {"reward": 0.0, "terminated": False, "truncated": False}

@@ -28,6 +28,7 @@ from dreamer.spaces import (
 Arrays = dict[str, NDArray[Any]]
 BOUNDS_SLACK = 1e-4
 """By how much a value may leave its bounds, relative to the bound: float32 rounds."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class SpaceError(ValueError):
@@ -173,10 +174,10 @@ def _discrete_part(
 
 def _vector_part(name: str, space: spaces.Box) -> tuple[ObsSpec, Callable[[Any], NDArray[Any]]]:
     shape, kind = space.shape, space.dtype.kind if space.dtype is not None else "f"
-    low = space.low.astype(np.float64).reshape(-1)
-    high = space.high.astype(np.float64).reshape(-1)
-    least = np.where(np.isfinite(low), low - BOUNDS_SLACK * (1 + np.abs(low)), -np.inf)
-    most = np.where(np.isfinite(high), high + BOUNDS_SLACK * (1 + np.abs(high)), np.inf)
+    low, high = (bound.astype(np.float64) for bound in (space.low, space.high))
+    # What float32 cannot hold lies outside too, so that one comparison finds every bad value.
+    least = np.maximum(low - BOUNDS_SLACK * (1 + np.abs(low)), -_LARGEST)
+    most = np.minimum(high + BOUNDS_SLACK * (1 + np.abs(high)), _LARGEST)
     kinds = {"f": "fiu", "i": "iu", "u": "iu"}[kind]
 
     def read(raw: Any) -> NDArray[Any]:
@@ -185,13 +186,11 @@ def _vector_part(name: str, space: spaces.Box) -> tuple[ObsSpec, Callable[[Any],
             raise BadOutput("shape", f"{name}: got shape {value.shape}, expected {shape}")
         if value.dtype.kind not in kinds:
             raise BadOutput("dtype", f"{name}: got {value.dtype}, expected {space.dtype}")
-        with np.errstate(over="ignore"):  # what overflows is not finite, and rejected below
-            vector = value.astype(np.float32).reshape(-1)
-        if not np.isfinite(vector).all():
-            raise BadOutput("not_finite", f"{name}: got {_shown(value)}")
-        if (vector < least).any() or (vector > most).any():
+        if not ((value >= least) & (value <= most)).all():
+            if not (np.abs(value.astype(np.float64)) <= _LARGEST).all():
+                raise BadOutput("not_finite", f"{name}: got {_shown(value)}")
             raise BadOutput("bounds", f"{name}: {_shown(value)} lies outside of {space}")
-        return vector
+        return value.astype(np.float32).reshape(-1)
 
     return VectorSpec(shape=(max(math.prod(shape), 1),)), read
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import struct
 import time
@@ -16,6 +15,7 @@ from dreamer.spaces import ActionSpace, ObsSpace, record_column
 
 HELLO, RESET, STEP, TRANSITION, FAILURE, PICTURE, CLOSE = range(7)
 _HEADER = struct.Struct("<BI")
+_FIRST_BYTES = 2**16
 _MOST_BYTES = 2**28
 
 
@@ -33,28 +33,25 @@ class Layout:
     def __init__(self, columns: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         # Large items first, so that each one is aligned.
         order = sorted(columns.items(), key=lambda item: -np.dtype(item[1][0]).itemsize)
-        self._columns = []
-        self.size_bytes = 0
-        for name, (dtype, shape) in order:
-            kind, count = np.dtype(dtype), math.prod(shape)
-            self._columns.append((name, kind, shape, count, self.size_bytes))
-            self.size_bytes += kind.itemsize * count
+        self._form = np.dtype([(name, dtype, shape) for name, (dtype, shape) in order])
+        self._draft = np.zeros((), self._form)
+        self._names = self._form.names or ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one message."""
+        return self._form.itemsize
 
     def pack(self, values: Mapping[str, Any]) -> bytes:
         """Return the values as one message."""
-        parts = []
-        for name, kind, _, count, _ in self._columns:
-            part = np.asarray(values[name], kind)
-            assert part.size == count, (name, part.shape)
-            parts.append(part.tobytes())
-        return b"".join(parts)
+        for name in self._names:
+            self._draft[name] = values[name]
+        return self._draft.tobytes()
 
-    def views(self, message: bytes | bytearray | memoryview) -> dict[str, NDArray[Any]]:
+    def views(self, message: bytes | bytearray) -> dict[str, NDArray[Any]]:
         """Return the columns of a message, sharing its memory."""
-        return {
-            name: np.frombuffer(message, kind, count, offset).reshape(shape)
-            for name, kind, shape, count, offset in self._columns
-        }
+        row = np.frombuffer(message, self._form, 1)
+        return {name: row[name][0] for name in self._names}
 
 
 def transition_layout(obs_space: ObsSpace) -> Layout:
@@ -72,15 +69,14 @@ def action_layout(action_space: ActionSpace) -> Layout:
 
 
 class Channel:
-    """Framed messages over one stream socket. Use each end from one thread."""
+    """Framed messages over one stream socket, one under way at a time. For one thread."""
 
     def __init__(self, end: socket.socket) -> None:
+        # Timeouts in the kernel cost one call instead of the three that Python's own take.
+        end.setblocking(True)
         self._socket = end
-        self._buffer = bytearray(_HEADER.size)
-
-    def fileno(self) -> int:
-        """Return the descriptor to wait on."""
-        return self._socket.fileno()
+        self._buffer = bytearray(_FIRST_BYTES)
+        self._limits: dict[int, float | None] = {}
 
     def send(self, kind: int, payload: bytes = b"", timeout_s: float | None = None) -> None:
         """Send one message.
@@ -89,55 +85,72 @@ class Channel:
             ChannelClosed: the other side has gone.
             TimeoutError: it has not taken the message in time.
         """
-        self._socket.settimeout(timeout_s)
+        self._limit(socket.SO_SNDTIMEO, timeout_s)
         try:
             self._socket.sendall(_HEADER.pack(kind, len(payload)) + payload)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed from error
+        except BlockingIOError as error:
+            raise TimeoutError("the other side takes nothing") from error
 
     def receive(
         self, timeout_s: float | None = None, whole_s: float | None = None
-    ) -> tuple[int, bytearray] | None:
+    ) -> tuple[int, bytes] | None:
         """Return the next message, or None if none has begun within `timeout_s`.
 
         Args:
-            timeout_s: for the first byte; None waits for ever.
+            timeout_s: for the first byte; 0 looks without waiting, None waits for ever.
             whole_s: for the rest of a message that has begun.
 
         Raises:
             ChannelClosed: the other side has gone.
             TimeoutError: a message has begun and is not completed in time.
         """
+        at_once = timeout_s == 0
+        if not at_once:
+            self._limit(socket.SO_RCVTIMEO, timeout_s)
         try:
-            self._socket.settimeout(timeout_s)
-            first = self._socket.recv_into(self._buffer)
-        except (TimeoutError, BlockingIOError):
+            count = self._read(memoryview(self._buffer), socket.MSG_DONTWAIT if at_once else 0)
+        except BlockingIOError:
             return None
-        except ConnectionResetError as error:
-            raise ChannelClosed from error
-        if first == 0:
-            raise ChannelClosed
         deadline = None if whole_s is None else time.monotonic() + whole_s
-        self._fill(memoryview(self._buffer)[first:], deadline)
-        kind, size = _HEADER.unpack(self._buffer)
+        count = self._fill(count, _HEADER.size, deadline)
+        kind, size = _HEADER.unpack_from(self._buffer)
         if size > _MOST_BYTES:
-            raise ChannelClosed
-        payload = bytearray(size)
-        self._fill(memoryview(payload), deadline)
-        return kind, payload
+            raise ChannelClosed(f"a message of {size} bytes was announced")
+        whole = _HEADER.size + size
+        if whole > len(self._buffer):
+            self._buffer += bytes(whole - len(self._buffer))
+        self._fill(count, whole, deadline)
+        return kind, bytes(memoryview(self._buffer)[_HEADER.size : whole])
 
     def close(self) -> None:
         """Close this end."""
         self._socket.close()
 
-    def _fill(self, view: memoryview, deadline: float | None) -> None:
-        while view:
+    def _fill(self, count: int, wanted: int, deadline: float | None) -> int:
+        """Read until the buffer holds `wanted` bytes of the message; return how many it holds."""
+        while count < wanted:
             left = None if deadline is None else max(deadline - time.monotonic(), 1e-3)
-            self._socket.settimeout(left)
+            self._limit(socket.SO_RCVTIMEO, left)
             try:
-                count = self._socket.recv_into(view)
-            except ConnectionResetError as error:
-                raise ChannelClosed from error
-            if count == 0:
-                raise ChannelClosed
-            view = view[count:]
+                count += self._read(memoryview(self._buffer)[count:])
+            except BlockingIOError as error:
+                raise TimeoutError("a message was not completed") from error
+        return count
+
+    def _read(self, view: memoryview, flags: int = 0) -> int:
+        try:
+            count = self._socket.recv_into(view, 0, flags)
+        except ConnectionResetError as error:
+            raise ChannelClosed from error
+        if count == 0:
+            raise ChannelClosed
+        return count
+
+    def _limit(self, option: int, timeout_s: float | None) -> None:
+        if self._limits.get(option) != timeout_s:
+            seconds = 0.0 if timeout_s is None else max(timeout_s, 1e-6)
+            value = struct.pack("ll", int(seconds), round(seconds % 1 * 1e6))
+            self._socket.setsockopt(socket.SOL_SOCKET, option, value)
+            self._limits[option] = timeout_s

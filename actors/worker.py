@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -56,8 +56,7 @@ class Ready:
     action_repeat: int
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """What a reset or a step answered; all values have been checked."""
 
     obs: Arrays
@@ -71,11 +70,12 @@ class Observation:
 class Failure:
     """Why there is no answer.
 
-    ``start``, ``crash``, ``exit`` and ``hang`` leave no environment behind; after ``rejected`` it
-    is still there and can be reset. ``fatal``: trying again cannot help.
+    ``start``, ``crash`` and ``hang`` leave no environment behind; after ``rejected`` it is still
+    there and can be reset. ``label`` is finer than the reason: ``exit`` for a crash without an
+    exception, and for ``rejected`` what was wrong. ``fatal``: trying again cannot help.
     """
 
-    reason: Literal["start", "crash", "exit", "hang", "rejected"]
+    reason: Literal["start", "crash", "hang", "rejected"]
     label: str
     message: str
     fatal: bool = False
@@ -217,7 +217,7 @@ class ProcessWorker:
             # Asking has failed; whoever waits for the answer learns why.
             self._broken = True
 
-    def _understand(self, kind: int, payload: bytearray) -> Outcome:
+    def _understand(self, kind: int, payload: bytes) -> Outcome:
         if kind == FAILURE:
             failure = Failure(**json.loads(payload))
             if failure.reason == "rejected":
@@ -253,7 +253,7 @@ class ProcessWorker:
         self.close()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         message = f"the environment's process {how} during {doing}"
-        return Failure("start" if was_starting else "exit", "exit", message)
+        return Failure("start" if was_starting else "crash", "exit", message)
 
     def _hung(self) -> Failure:
         doing = self._doing
@@ -340,9 +340,10 @@ class EnvFailure(Exception):
     """An environment has not answered with a valid observation.
 
     Args:
-        reason: ``crash``, ``exit``, ``hang``, ``start`` or ``rejected``.
+        reason: ``crash``, ``hang``, ``start`` or ``rejected``.
         message: what happened.
-        label: for ``rejected``, what was wrong (see `actors.spaces.BadOutput`); else the reason.
+        label: finer than the reason: ``exit`` for a crash without an exception, and for
+            ``rejected`` what was wrong, see `actors.spaces.BadOutput`.
     """
 
     def __init__(self, reason: str, message: str, label: str = "") -> None:

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from actors.spaces import ActionWriter, Arrays, BadOutput, ObsReader
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 class RawEnv(Protocol):
     """An environment as its suite has it: Gymnasium spaces and native values."""
@@ -102,10 +104,10 @@ class Env:
 
 def _reward(value: Any) -> float:
     try:
-        number = float(np.asarray(value, np.float64).reshape(()))
+        number = value if type(value) is float else float(np.asarray(value, float).reshape(()))
     except (TypeError, ValueError) as error:
         raise BadOutput("reward", f"the reward is {value!r:.80}, expected one number") from error
-    if not abs(number) <= float(np.finfo(np.float32).max):
+    if not abs(number) <= _LARGEST:
         raise BadOutput("reward", f"the reward is {value!r:.80}, expected a finite float32 number")
     return number
 

@@ -1,5 +1,6 @@
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -64,7 +65,10 @@ def test_nothing_within_the_timeout_is_none_and_half_a_message_is_an_error(
     ends: tuple[Channel, Channel],
 ) -> None:
     left, right = ends
+    begin = time.monotonic()
+    assert right.receive(0.0) is None
     assert right.receive(0.01) is None
+    assert time.monotonic() - begin < 1.0
     left._socket.sendall(b"\x01")
     with pytest.raises(TimeoutError):
         right.receive(1.0, whole_s=0.05)
