@@ -24,6 +24,7 @@ class Interrupts:
     1. Before training there is nothing to save: a signal raises `Interrupted` in the main thread.
     2. Inside ``graceful`` the first signal calls the given function, and the second one raises.
     3. While things are taken down (``closing``) signals change nothing: that is bounded in time.
+    4. Leaving the block ends the exception; ``exit_code`` tells what happened.
 
     Use it in the main thread.
     """
@@ -44,9 +45,14 @@ class Interrupts:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None:
+    ) -> bool:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            # Ray's handler, in force for a moment while Ray starts.
+            self.received = signal.SIGTERM
+            return True
+        return isinstance(error, Interrupted)
 
     @contextmanager
     def graceful(self, stop: Callable[[], None]) -> Iterator[None]:

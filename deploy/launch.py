@@ -56,8 +56,9 @@ def train(config: TrainConfig) -> int:
     Raises:
         ConfigError, ReplayError, ClusterError, LearnerError: the message says what to do.
     """
+    interrupts, outcome = Interrupts(), ""
     with ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts())
+        stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
         sentinel = stack.enter_context(Sentinel())
 
@@ -113,7 +114,8 @@ def train(config: TrainConfig) -> int:
             with interrupts.graceful(learner.stop.set):
                 outcome = learner.run()
             fleet.check()
-    finish(config, run, learner)
+    if outcome:
+        finish(config, run, learner)
     return 0 if outcome == "finished" else interrupts.exit_code
 
 

@@ -3,7 +3,7 @@
 Children can be tied to their parent's life, but not the children of libraries: some of Ray's stay
 when its parent is killed. So every process of a run inherits a mark in its environment, and a small
 process in a session of its own waits for the run to end, for whatever reason, and then ends all
-that still carry the mark.
+that are left of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -31,8 +31,9 @@ class Sentinel:
 
     1. Holds for every end of this process, SIGKILL included.
     2. Leaving the block waits until nothing is left, at most about ``GRACE_S + TERM_S``.
-    3. Only processes that carry the mark of this run are touched, and never this one.
-    4. Temporary directories that the run has named are removed with them.
+    3. Only processes that carry the mark of this run, or have files open in a temporary directory
+       that it owns, are touched, and never this one.
+    4. Those directories are removed with them.
     """
 
     def __init__(self) -> None:
@@ -74,27 +75,45 @@ class Sentinel:
         self._process.wait()
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """Return the running processes that carry the mark."""
+def members(
+    mark: str, directories: Sequence[str] = (), but: int | None = None
+) -> list[psutil.Process]:
+    """Return the running processes of a run, this one and ``but`` excepted.
+
+    Those that carry its mark; and, because a process that sets its title may wipe its environment
+    out, those with a file open below one of its directories.
+    """
     wanted, found = f"{MARK}={mark}".encode(), []
+    below = tuple(f"{directory}/" for directory in directories)
     for pid in psutil.pids():
         try:
-            # Read raw: a process that sets its title overwrites the beginning of this block.
-            if wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            carries = wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if carries or (below and any(name.startswith(below) for name in _open_files(pid))):
                 found.append(psutil.Process(pid))
         except (psutil.Error, OSError):
             continue  # gone meanwhile, or of another user
-    return found
+    return [process for process in found if process.pid not in (os.getpid(), but)]
 
 
-def end_marked(mark: str, grace_s: float = GRACE_S, term_s: float = TERM_S) -> int:
-    """Wait for marked processes to end, ask the rest to, then kill. Return how many were asked."""
-    psutil.wait_procs(marked(mark), timeout=grace_s)
-    asked = marked(mark)
+def _open_files(pid: int) -> list[str]:
+    folder = f"/proc/{pid}/fd"
+    return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
+
+
+def end_members(
+    mark: str,
+    directories: Sequence[str] = (),
+    grace_s: float = GRACE_S,
+    term_s: float = TERM_S,
+    but: int | None = None,
+) -> int:
+    """Wait for a run's processes to end, ask the rest to, then kill. Return how many were asked."""
+    psutil.wait_procs(members(mark, directories, but), timeout=grace_s)
+    asked = members(mark, directories, but)
     for process in asked:
         _send(process.terminate)
     psutil.wait_procs(asked, timeout=term_s)
-    while left := marked(mark):
+    while left := members(mark, directories, but):
         for process in left:
             _send(process.kill)
         psutil.wait_procs(left, timeout=1.0)
@@ -110,8 +129,9 @@ def _send(signal: Callable[[], None]) -> None:
 
 def main() -> None:
     """Wait until the other end of the standard input is closed, then end what is left."""
+    run = os.getppid()
     directories = sys.stdin.read().splitlines()
-    end_marked(sys.argv[1])
+    end_members(sys.argv[1], directories, but=run)
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
 

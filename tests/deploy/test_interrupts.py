@@ -12,10 +12,21 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_training_ends_the_run_at_once(number: signal.Signals) -> None:
+    reached = False
     with Interrupts() as interrupts:
         with pytest.raises(Interrupted, match=number.name):
             send(number)
-        assert interrupts.exit_code == 128 + number
+        reached = True
+    assert reached
+    assert interrupts.exit_code == 128 + number
+
+
+def test_leaving_ends_an_interruption_but_no_other_error() -> None:
+    with Interrupts() as interrupts:
+        send(signal.SIGTERM)
+    assert interrupts.exit_code == 143
+    with pytest.raises(KeyError), Interrupts():
+        raise KeyError
 
 
 def test_the_first_signal_in_training_asks_and_the_second_ends() -> None:

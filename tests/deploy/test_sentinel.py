@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.sentinel import MARK, Sentinel, end_marked, marked
+from deploy.sentinel import MARK, Sentinel, end_members, members
 
 PARENT = """
 import os, subprocess, sys, time
@@ -67,7 +67,7 @@ def test_what_a_killed_process_leaves_is_ended(tmp_path: Path, number: signal.Si
     process.send_signal(number)
     process.wait(10)
     assert gone(pids, 15)
-    assert not marked(mark)
+    assert not members(mark)
     deadline = time.monotonic() + 5
     while (tmp_path / "left").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -86,8 +86,19 @@ def test_leaving_the_block_waits_until_nothing_is_left(tmp_path: Path, how: str,
 def test_unmarked_processes_and_those_of_other_runs_are_left_alone() -> None:
     other = subprocess.Popen(["sleep", "99"], env={**os.environ, MARK: "other"})
     try:
-        assert end_marked("mine", grace_s=0, term_s=0) == 0
+        assert end_members("mine", grace_s=0, term_s=0) == 0
         assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_process_without_a_mark_is_known_by_its_files(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        other = subprocess.Popen(["sleep", "99"], stdout=log)
+    try:
+        assert end_members("mine", [str(tmp_path)], grace_s=0, term_s=5) == 1
+        assert not psutil.pid_exists(other.pid)
     finally:
         other.kill()
         other.wait()

@@ -178,7 +178,7 @@ def test_a_signal_while_starting_leaves_nothing(start) -> None:  # type: ignore[
     time.sleep(1.0)
     run.note_members()
     run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(END_S) == 130, run.output()
+    assert run.process.wait(END_S) == 143, run.output()
     assert run.left(1.0) == []
 
 
