@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -103,7 +104,7 @@ class Worker(Protocol):
     def receive(self, timeout_s: float) -> Outcome | None:
         """Return the answer, or None if it has not come within the timeout."""
 
-    def close(self) -> None:
+    def close(self) -> object:
         """Give the environment up, whatever it is doing."""
 
     def retire(self) -> None:
@@ -188,24 +189,25 @@ class ProcessWorker:
             return self._hung() if time.monotonic() > self._deadline else None
         return self._understand(*message)
 
-    def close(self) -> None:
-        """End the process and everything it has started."""
-        self._doing, self._broken = "", False
+    def close(self) -> int:
+        """End the process and everything it has started; return its exit code."""
+        self._doing, self._broken, code = "", False, 0
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            code = self._process.wait()
             self._process = None
+        return code
 
     def retire(self, timeout_s: float = 1.0) -> None:
         """Let an idle environment close itself, then end the process."""
         if self._channel is not None and self._process is not None and not self._doing:
-            with contextlib.suppress(ChannelClosed, TimeoutError, subprocess.TimeoutExpired):
+            with contextlib.suppress(ChannelClosed, TimeoutError):
                 self._channel.send(CLOSE, timeout_s=timeout_s)
-                self._process.wait(timeout_s)
+                self._ends_within(timeout_s)
         self.close()
 
     def _request(self, doing: str, kind: int, payload: bytes, timeout_s: float) -> None:
@@ -245,15 +247,24 @@ class ProcessWorker:
 
     def _gone(self) -> Failure:
         assert self._process is not None
-        doing, was_starting = self._doing, self._doing == "start"
-        try:
-            code = self._process.wait(FRAME_S)
-        except subprocess.TimeoutExpired:
+        doing = self._doing
+        if not self._ends_within(FRAME_S):
             return self._hung()
-        self.close()
+        code = self.close()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         message = f"the environment's process {how} during {doing}"
-        return Failure("start" if was_starting else "crash", "exit", message)
+        return Failure("start" if doing == "start" else "crash", "exit", message)
+
+    def _ends_within(self, timeout_s: float) -> bool:
+        """Block until the process has ended; it stays a zombie, so that its group keeps its id."""
+        assert self._process is not None
+        handle = os.pidfd_open(self._process.pid)
+        try:
+            poller = select.poll()
+            poller.register(handle, select.POLLIN)
+            return bool(poller.poll(timeout_s * 1e3))
+        finally:
+            os.close(handle)
 
     def _hung(self) -> Failure:
         doing = self._doing

@@ -127,6 +127,16 @@ def test_hanging_environment_is_killed_with_all_its_processes() -> None:
         assert begin(place).obs["vector"][0] != child
 
 
+def test_process_left_behind_by_an_environment_that_exits_is_killed() -> None:
+    with slot("ExitsWithChild") as place:
+        place.open()
+        child = int(begin(place).obs["vector"][0])
+        advance(place, 1)
+        with pytest.raises(EnvFailure, match="exited with 0 during step"):
+            advance(place, 1)
+        until(lambda: gone(child))
+
+
 def test_stopped_process_counts_as_hanging() -> None:
     with slot("Counting", hang_timeout_s=0.5) as place:
         place.open()

@@ -82,6 +82,13 @@ class HangsWithChild(Counting):
         self.child.wait()
 
 
+class ExitsWithChild(HangsWithChild):
+    """Exits and leaves the process behind that it has started."""
+
+    def misbehave(self, answer: Any) -> Any:
+        os._exit(0)
+
+
 class FailsToStart(Counting):
     def __init__(self) -> None:
         raise OSError("the licence server is away")
