@@ -29,7 +29,7 @@ PRESETS: dict[str, Preset] = {
         summary="CartPole-v1 on two CPU cores in minutes. Our own numbers: a small batch and a "
         "high learning rate, because the published ones take hours for so small a task.",
         agent="v3",
-        size="1m",
+        size="tiny",
         values={
             "env": "CartPole-v1",
             "steps": 12_000,
@@ -44,7 +44,7 @@ PRESETS: dict[str, Preset] = {
             "learner.publish_every_s": 2.0,
             "learner.publish_every_updates": 20,
             "agent.optim.lr": 4e-4,
-            "agent.optim.warmup": 100,
+            "agent.optim.warmup": 200,
         },
     ),
     "v3-dmc-proprio": Preset(

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 from dreamer.config import AgentConfig
 
-# DreamerV3, Nature 2025, sizes: (deter, hidden, classes, depth, units).
+# (deter, hidden, classes, depth, units). From 1m on they are DreamerV3's (Nature 2025); "tiny" is
+# ours, for tasks that a CPU solves in minutes, and "debug" is for tests.
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "debug": (16, 8, 4, 2, 8),
+    "tiny": (256, 64, 8, 4, 64),
     "1m": (512, 64, 4, 4, 64),
     "12m": (2048, 256, 16, 16, 256),
     "25m": (3072, 384, 24, 24, 384),
@@ -18,16 +20,19 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "400m": (12288, 1536, 96, 96, 1536),
 }
 
+# Stochastic groups of our own sizes; all published ones have 32.
+FEWER_GROUPS = {"debug": 4, "tiny": 16}
+
 
 def sized(config: AgentConfig, size: str) -> AgentConfig:
     """Return the config with all widths of a published size. Raises ValueError on unknown sizes."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
     deter, hidden, classes, depth, units = SIZES[size]
-    small = {"stoch": 4} if size == "debug" else {}
+    stoch = FEWER_GROUPS.get(size, config.rssm.stoch)
     return replace(
         config,
-        rssm=replace(config.rssm, deter=deter, hidden=hidden, classes=classes, **small),
+        rssm=replace(config.rssm, deter=deter, hidden=hidden, classes=classes, stoch=stoch),
         encoder=replace(config.encoder, depth=depth, units=units),
         decoder=replace(config.decoder, depth=depth, units=units),
         reward=replace(config.reward, units=units),
