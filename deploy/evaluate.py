@@ -197,8 +197,6 @@ def _checkpoint(directory: Path) -> Any:
     found = load_newest(directory / "checkpoints")
     if found is None:
         raise ConfigError(f"{directory} has no checkpoint yet; let it train a little longer")
-    for skipped in found.skipped:
-        console().print(f"skipped a damaged checkpoint: {skipped}", style="yellow")
     return found
 
 

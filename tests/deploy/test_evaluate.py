@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploy.config import ConfigError
+from deploy.cli import main
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, save_config
 from deploy.evaluate import EvalOptions, play, statistics_of
+from deploy.presets import preset
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -97,3 +101,55 @@ def test_statistics_are_those_of_the_returns() -> None:
 def test_nothing_to_play_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="--episodes must be at least 1, got 0"):
         EvalOptions(run_dir=tmp_path, episodes=0)
+
+
+def save(directory: Path, config: TrainConfig, update: int) -> Path:
+    """Leave a run with a checkpoint of an untrained agent."""
+    from actors.envs import make_env
+    from dreamer.agent import make_agent
+    from learner import checkpoint
+
+    save_config(config, directory / FILE_NAME)
+    env = make_env(config.env, config.environment, 0)
+    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    env.close()
+    state = {"agent": agent.state_dict()}
+    counters = {"fence": 1, "update": update, "env_steps": 10 * update}
+    return checkpoint.save(directory / "checkpoints", state, keep=3, **counters)
+
+
+@pytest.mark.integration
+def test_checkpoint_is_played_scored_and_filmed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, preset("v3-cartpole", "debug"), update=7)
+    line = f"eval {tmp_path} --episodes 3 --envs 2 --video --greedy"
+    assert main(line.split()) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert (result["updates"], result["env_steps"], result["mode"]) == (7, 70, "greedy")
+    assert len(result["episodes"]) == 3 and 0 < result["mean"] <= 500
+    assert "CartPole-v1" in capsys.readouterr().out
+    assert (tmp_path / "videos" / "eval-0000000070.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.integration
+def test_same_seed_gives_the_same_scores(tmp_path: Path) -> None:
+    save(tmp_path, preset("v3-cartpole", "debug"), update=1)
+    scores = []
+    for _ in range(2):
+        assert main(f"eval {tmp_path} --episodes 4 --seed 5".split()) == 0
+        scores.append(json.loads((tmp_path / "eval.json").read_text())["episodes"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.integration
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    tmp_path: Path,
+) -> None:
+    config = preset("v3-cartpole", "debug")
+    save(tmp_path, config, update=1)
+    with (save(tmp_path, config, update=2) / "state.pt").open("r+b") as file:
+        file.seek(500)
+        file.write(b"damage")
+    assert main(f"eval {tmp_path} --episodes 1".split()) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["updates"] == 1
