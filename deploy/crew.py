@@ -15,7 +15,7 @@ from replay_service import ReplayClient
 
 log = logging.getLogger(__name__)
 
-PUBLISH_S = 60.0
+PUBLISH_S = 150.0
 COLLECT_S = 600.0
 DRAIN_S = 5.0
 

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 DRAIN_S = 5.0
 """Time in which actors may hand over what they hold when a run ends."""
 STATUS_EVERY_S = 1.0
+PUBLISH_S = 120.0
+"""Time in which the hub must have answered; the first time it may still be starting."""
 
 
 def train(config: TrainConfig) -> int:
@@ -244,7 +246,9 @@ def make_learner(
     bf16 = knobs.precision == "bf16" or (knobs.precision == "auto" and device.startswith("cuda"))
     agent.amp = torch.bfloat16 if bf16 else None
     fence, kind = client.acquire_fence(), torch.bfloat16 if bf16 else torch.float32
-    publisher = Publisher(agent, sender(hub), fence=fence, config_hash=digest, dtype=kind)
+    publisher = Publisher(
+        agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
+    )
     fleet.bind(publisher, fence)
     turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
     recorder = Recorder(

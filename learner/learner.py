@@ -238,7 +238,10 @@ class Learner:
             return  # every round begins with a publication of its own
         config, now = self.config, time.monotonic()
         behind = self.updates - self._published_update
-        late = now - self._published_at >= config.publish_every_s and behind > 0
+        # Without updates there is nothing new to publish, unless it has not arrived: actors wait
+        # for the first weights.
+        wanted = behind > 0 or self.publisher.stats.failed is not None
+        late = now - self._published_at >= config.publish_every_s and wanted
         if not late and behind < config.publish_every_updates:
             return
         with self.recorder.clock.during("publish"):

@@ -27,6 +27,8 @@ class PublishStats:
 
     published: int = 0
     rejected: int = 0
+    failed: Version | None = None
+    """Weights whose delivery ended in an error, until the next attempt: they may have arrived."""
     seconds: float = 0.0
     size_bytes: int = 0
     version: Version = (0, -1)
@@ -80,21 +82,23 @@ class Publisher:
     def _deliver(
         self, tensors: dict[str, Tensor], ready: Any, update: int, taken_at: float
     ) -> None:
-        begin = time.monotonic()
+        begin, version = time.monotonic(), (self._fence, update)
+        doubtful, self.stats.failed = self.stats.failed == version, None
         try:
             weights = _pack_aside(
                 tensors, ready, (self._fence, update), self._config_hash, self._dtype
             )
             accepted = self._send(weights)
-        except Exception:
+        except Exception as error:
             # Whatever transport the hub stands behind: an outage must not end the training.
-            log.warning("weights not published update=%d", update, exc_info=True)
+            log.warning("weights_not_published update=%d error=%r", update, error)
             self.stats.rejected += 1
+            self.stats.failed = version
             return
         self.stats.seconds = time.monotonic() - begin
         self.stats.size_bytes = weights.buffer.nbytes
-        if not accepted:
-            log.warning("weights refused by the hub fence=%d update=%d", self._fence, update)
+        if not accepted and not doubtful:
+            log.warning("weights_refused fence=%d update=%d", *version)
             self.stats.rejected += 1
             return
         self.stats.published += 1

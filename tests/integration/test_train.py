@@ -17,7 +17,7 @@ from deploy.sentinel import MARK
 from learner.checkpoint import load_newest
 from learner.files import read_rows
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -27,7 +27,7 @@ SMALL = (
     + ("--learner.log-every-s", "0.5", "--learner.publish-every-s", "0.5")
 )
 FOREVER = "10000000"
-START_S, END_S = 90.0, 60.0
+START_S, END_S = 240.0, 180.0
 
 
 class Run:

@@ -235,6 +235,30 @@ def test_a_stop_saves_and_ends_soon(server: EmbeddedServer, tmp_path: Path) -> N
     assert saved.manifest["update"] == stand.learner.updates > 0
 
 
+def test_first_weights_that_did_not_arrive_are_sent_again(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    config = LearnerConfig(batch_size=2, batch_length=8, publish_every_s=0.1)
+    stand, attempts = make_stand(server.url, tmp_path, 10**6, config), list[tuple[int, int]]()
+    learner = stand.learner
+
+    def send(weights: PackedWeights) -> bool:
+        attempts.append(weights.version)
+        if len(attempts) == 1:
+            raise ConnectionError("the hub is still starting")
+        learner.stop.set()
+        return True
+
+    learner.publisher = Publisher(
+        learner.agent, send, fence=learner.fence, config_hash="x", dtype=torch.float32
+    )
+    try:
+        assert learner.run() == "stopped"
+    finally:
+        stand.close()
+    assert attempts == [(learner.fence, 0)] * 2
+
+
 @pytest.mark.usefixtures("feed")
 def test_a_newer_learner_ends_this_one(server: EmbeddedServer, tmp_path: Path) -> None:
     stand = make_stand(server.url, tmp_path, target=10**6)

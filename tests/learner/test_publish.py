@@ -55,6 +55,23 @@ def test_only_one_publication_is_under_way_and_the_caller_never_waits() -> None:
     assert sender.stats.published == 2
 
 
+def test_weights_that_arrived_although_their_delivery_failed_count_when_sent_again() -> None:
+    answers: list[Exception | bool] = [TimeoutError("the answer was lost"), False]
+
+    def send(weights: PackedWeights) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    sender = publisher(send)
+    assert sender.publish(0) and sender.wait(5)
+    assert sender.stats.failed == (3, 0)
+    assert sender.publish(0) and sender.wait(5)
+    assert sender.stats.failed is None
+    assert sender.stats.version == (3, 0)
+
+
 def test_a_refusal_and_an_outage_are_counted_and_survived() -> None:
     def broken(weights: PackedWeights) -> bool:
         raise ConnectionError("the hub is away")
