@@ -23,9 +23,9 @@ import torch
 from actors.config import ActorConfig
 from actors.envs import EnvConfig
 from actors.loop import ActingLoop, LoopStopped, derive_seed
-from actors.metrics import ActorMetrics, serve
+from actors.metrics import ActorMetrics, Endpoint
 from actors.weights import Refresher, WeightSource
-from actors.worker import InlineWorker, ProcessWorker, Worker
+from actors.worker import make_worker
 from dreamer.config import AgentConfig
 from dreamer.spaces import ActionSpace, ObsSpace
 from dreamer.weights import Version, WeightsError
@@ -109,7 +109,7 @@ class ActorProcess:
         self._spec, self._source = spec, source
         self._phase: Phase = "replay"
         self._failed_in = self._error = self._trace = ""
-        self._stale = False
+        self._stale = self._silent = False
         self._stop, self._drain_s = threading.Event(), 10.0
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -118,7 +118,7 @@ class ActorProcess:
         self._loop: ActingLoop | None = None
         self._rates = [Rate() for _ in range(spec.envs)]
         self._metrics = ActorMetrics(slot=spec.slot, env=spec.env_id, read=self._exported)
-        self._port = serve(self._metrics.registry)
+        self._endpoint = Endpoint(self._metrics.registry)
         self._thread = threading.Thread(target=self._run, name="acting", daemon=True)
         self._thread.start()
 
@@ -143,7 +143,7 @@ class ActorProcess:
             "life": self._spec.life,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "metrics_port": self._port,
+            "metrics_port": self._endpoint.port,
             "phase": self._phase,
             "failed_in": self._failed_in,
             "error": self._error,
@@ -219,6 +219,10 @@ class ActorProcess:
             uploader = self._uploader
             if self._thread.is_alive() and uploader and (uploader.blocked_reason or not drain):
                 uploader.interrupt()
+        with self._lock:
+            if not self._silent:
+                self._endpoint.close()
+            self._silent = True
         return self.stats()
 
     def _run(self) -> None:
@@ -259,9 +263,9 @@ class ActorProcess:
             spec.action_space,
             seed=derive_seed(spec.seed, spec.slot, _POLICY_STREAM, life),
         )
-        workers = [make_worker(spec) for _ in writers]
+        workers = [make_worker(spec.env_id, spec.environment, spec.actor) for _ in writers]
         for worker in workers:
-            stack.callback(worker.close)
+            stack.callback(worker.retire)
         self._writers = writers
         self._loop = ActingLoop(
             workers,
@@ -444,18 +448,6 @@ def load_factory(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r}: {module} has nothing callable called {name!r}")
     return found
-
-
-def make_worker(spec: ActorSpec) -> Worker:
-    """Return a worker for one environment, in a process of its own or in this one."""
-    if spec.actor.isolation == "inline":
-        return InlineWorker(spec.env_id, spec.environment)
-    return ProcessWorker(
-        spec.env_id,
-        spec.environment,
-        hang_timeout_s=spec.actor.hang_timeout_s,
-        start_timeout_s=spec.actor.start_timeout_s,
-    )
 
 
 def _close_quietly(uploader: Uploader) -> None:

@@ -169,8 +169,11 @@ class Fleet:
         written = 0
         for slot in self._slots:
             self.check()
+            handle = slot.handle
+            if handle is None:
+                raise FleetError(f"actor {slot.number} is not there to collect: {slot.trouble}")
             try:
-                answer = slot.handle.collect.remote(n_steps, version, timeout_s)
+                answer = handle.collect.remote(n_steps, version, timeout_s)
                 written += ray.get(answer, timeout=timeout_s + 10.0)
             except (RayError, RuntimeError, TimeoutError) as error:
                 raise FleetError(f"actor {slot.number} did not collect: {error}") from error

@@ -99,8 +99,8 @@ class WeightHub:
         return [self._kept[-1]] if self._kept else None
 
     async def stats(self) -> dict[str, Any]:
-        """Return version [fence, update] and the numbers of accepted and refused offers."""
-        return {"version": list(self._version), **self._counts}
+        """Return version [fence, update], numbers of accepted and refused offers, process id."""
+        return {"version": list(self._version), **self._counts, "pid": os.getpid()}
 
     def _offer(self, weights: PackedWeights) -> None:
         self._kept.append(ray.put((weights.buffer, weights.manifest)))

@@ -72,7 +72,7 @@ class LoopStats:
     ends: Counter[str] = field(default_factory=Counter)
     """Episodes by how they ended: terminated or truncated."""
     restarts: Counter[str] = field(default_factory=Counter)
-    """Environments that were made again, by reason: start, crash or hang."""
+    """Environments that were made again, by reason: start, crash, exit or hang."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Answers that broke the environment's contract, by what was wrong with them. Like a restart,
     each one during an episode cut it off as truncated."""
@@ -275,9 +275,10 @@ class ActingLoop:
         place.live, place.failures = False, place.failures + 1
         # The policy steps all K states; this one starts over until there is something to see.
         self._flags["is_first"][index] = True
-        reason = failure.label if failure.reason == "rejected" else failure.reason
-        (self.stats.rejected if failure.reason == "rejected" else self.stats.restarts)[reason] += 1
-        log.warning("env_failed index=%d reason=%s error=%s", index, reason, failure.message)
+        rejected, reason = failure.reason == "rejected", failure.label
+        (self.stats.rejected if rejected else self.stats.restarts)[reason] += 1
+        last_line = failure.message.strip().rpartition("\n")[2]
+        log.warning("env_failed index=%d reason=%s error=%s", index, reason, last_line)
         if failure.fatal or place.failures >= self._most_failures:
             raise EnvironmentLost(
                 f"environment {index} failed {place.failures} times in a row, the last time with "
@@ -285,7 +286,7 @@ class ActingLoop:
                 if place.failures > 1
                 else failure.message
             )
-        if failure.reason == "rejected":
+        if rejected:
             place.worker.reset(None)
         else:
             self._make(place)

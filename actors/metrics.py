@@ -126,7 +126,21 @@ class FleetMetrics(Collector):
         )
 
 
-def serve(registry: CollectorRegistry, port: int = 0, host: str = "127.0.0.1") -> int:
-    """Serve a registry over HTTP from a thread and return the port (0 asks for any free one)."""
-    server, _ = start_http_server(port, addr=host, registry=registry)
-    return int(server.server_port)
+class Endpoint:
+    """Serves a registry over HTTP from a thread, on loopback only unless told otherwise.
+
+    Args:
+        registry: what to serve.
+        port: 0 asks for any free one, see `port`.
+        host: address to listen on.
+    """
+
+    def __init__(self, registry: CollectorRegistry, port: int = 0, host: str = "127.0.0.1") -> None:
+        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        self.port = int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving. Blocks until the thread has ended, about half a second."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,12 +1,12 @@
-"""Actors: environment steps/s of the environment alone, with the policy, and as a full actor."""
+"""Actors: environment steps/s bare, with the policy, and as a whole actor that writes to replay."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,217 +17,259 @@ from rich.table import Table
 
 from actors.actor import ActorProcess, ActorSpec
 from actors.config import ActorConfig
-from actors.envs import EnvConfig, make_env
-from actors.envs.base import Env
-from actors.spaces import random_actions
+from actors.envs import EnvConfig, env_spaces
+from actors.worker import Failure, Observation, Worker, make_worker
 from dreamer.agent import make_agent
 from dreamer.config import AgentConfig
 from dreamer.policy import Policy, record_columns
-from dreamer.presets import agent_config
+from dreamer.presets import agent_config, sized
+from dreamer.spaces import ActionSpace, ObsSpace, record_column
 from dreamer.weights import PackedWeights, Version, pack
-from replay_service import (
-    Column,
-    EmbeddedServer,
-    Limits,
-    ReplayClient,
-    ReplayConfig,
-    Schema,
-)
-
-MIB = 2**20
-START_S = 60.0
-BAR = 0.85
-"""Share of the rate of environment and policy that a full actor shall keep."""
+from replay_service import Column, EmbeddedServer, Limits, ReplayClient, ReplayConfig, Schema
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One environment and how it is stepped."""
+    """One environment as an actor would step it."""
 
-    env: str
-    environment: EnvConfig
+    name: str
+    env_id: str
+    size: str
     envs: int
-    size: str = "1m"
+    isolation: str
+    environment: EnvConfig = EnvConfig()
 
 
-CASES = {
-    "CartPole, vectors": Case(env="CartPole-v1", environment=EnvConfig(), envs=4),
-    "walker-walk, vectors": Case(env="dmc:walker-walk", environment=EnvConfig(), envs=4),
-    "Pong, 64x64 pixels": Case(env="ale:Pong", environment=EnvConfig(), envs=4),
-}
+CASES = (
+    Case(name="cheap", env_id="CartPole-v1", size="1m", envs=4, isolation="inline"),
+    Case(name="cheap, isolated", env_id="CartPole-v1", size="1m", envs=4, isolation="process"),
+    Case(
+        name="expensive",
+        env_id="dmc:walker-walk",
+        size="12m",
+        envs=2,
+        isolation="process",
+        environment=EnvConfig(obs="image", action_repeat=2),
+    ),
+)
 
 
 def run(*, quick: bool = False) -> dict[str, Any]:
-    """Measure all cases, one after the other; takes about a minute and a half, a few s if quick.
+    """Measure every case; blocks for about two minutes, or a few seconds if quick.
 
-    Rounds of environment with policy and of the full actor take turns, because the speed of a
-    machine drifts; the medians count.
+    `bare` steps the environments with a fixed action, `policy` chooses every action with the
+    policy, `actor` is a whole actor in this process: policy, environments, chunks, uploads to a
+    server, weight refresh and metrics. The three take turns, so that whatever else the machine
+    does meets all of them, and medians over the rounds are compared.
+
+    Args:
+        quick: one short case.
 
     Returns:
-        Plain numbers, ready for JSON; `table` shows them.
+        {"cases": [{name, env, size, envs, isolation, bare, policy, actor, share}]}; the rates in
+        steps/s over all environments, `share` = actor / policy.
     """
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds, rounds = (0.5, 1) if quick else (4.0, 3)
-    cases = dict(list(CASES.items())[:1]) if quick else CASES
+    seconds, rounds = (0.3, 1) if quick else (4.0, 5)
     try:
-        return {name: _measure(case, seconds, rounds) for name, case in cases.items()}
+        cases = CASES[:1] if quick else CASES
+        return {"cases": [measure(case, seconds, rounds) for case in cases]}
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Return a table of what `run` measured."""
-    shown = Table(
-        "", "envs", "env alone", "with policy", "full actor", f"kept (bar {BAR:.0%})", "kept inline"
-    )
-    for name, row in result.items():
-        rates = [f"{row[key]:,.0f}/s" for key in ("bare", "policy", "actor")]
-        shown.add_row(
-            name, str(row["envs"]), *rates, f"{row['kept']:.0%}", f"{row['kept_inline']:.0%}"
-        )
+    """Return the numbers of `run` as a table."""
+    shown = Table(title="actors: environment steps/s")
+    for name in ("case", "environment", "size", "envs", "bare", "with policy", "actor", "share"):
+        shown.add_column(name, justify="left" if name in ("case", "environment") else "right")
+    for case in result["cases"]:
+        rates = (f"{case[key]:,.0f}" for key in ("bare", "policy", "actor"))
+        words = (case["name"], case["env"], case["size"], str(case["envs"]))
+        shown.add_row(*words, *rates, f"{case['share']:.0%}")
     return shown
 
 
-class _Fixed:
-    """A source with one version of the weights."""
-
-    def __init__(self, weights: PackedWeights) -> None:
-        self._weights = weights
-
-    def fetch(self, newer_than: Version, timeout_s: float) -> PackedWeights | None:
-        """Return the weights to whoever has older ones."""
-        if tuple(newer_than) < self._weights.version:
-            return self._weights
-        time.sleep(min(timeout_s, 0.5))
-        return None
-
-
-def _measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
-    envs = [make_env(case.env, case.environment, index) for index in range(case.envs)]
-    agent = agent_config("v3", case.size)
-    obs_space, action_space = envs[0].obs_space, envs[0].action_space
-    policy = Policy(agent, obs_space, action_space)
-    weights = pack(make_agent(agent, obs_space, action_space).policy_tensors(), (1, 0))
-    policy.load(weights)
-    bare = _rate(_Random(envs).step, case.envs, seconds)
-    with _actor_rates(case, agent, envs[0], weights) as actor_rate:
-        alone, full, inline = [], [], []
-        stepper = _Stepper(envs, policy)
+def measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
+    """Measure one case in turns and return the medians."""
+    obs_space, action_space, _ = env_spaces(case.env_id, case.environment)
+    agent = sized(agent_config("v3", case.size), case.size)
+    with ExitStack() as stack:
+        actor = _Actor(stack, case, agent, obs_space, action_space)
+        workers = [_started(stack, case, seed) for seed in range(case.envs)]
+        bench = _Stepper(workers, Policy(agent, obs_space, action_space), obs_space, action_space)
+        measured: dict[str, list[float]] = {"bare": [], "policy": [], "actor": []}
+        takes: dict[str, Callable[[float], float]] = {
+            "bare": bench.bare,
+            "policy": bench.with_policy,
+            "actor": actor.rate,
+        }
         for _ in range(rounds):
-            alone.append(_rate(stepper.step, case.envs, seconds))
-            full.append(actor_rate("process", seconds))
-            inline.append(actor_rate("inline", seconds))
-    for env in envs:
-        env.close()
-    rates = {"policy": alone, "actor": full, "inline": inline}
-    numbers = {name: statistics.median(values) for name, values in rates.items()}
+            for name, take in takes.items():
+                measured[name].append(take(seconds))
+    rates = {name: statistics.median(values) for name, values in measured.items()}
     return {
-        "envs": case.envs,
+        "name": case.name,
+        "env": case.env_id,
         "size": case.size,
-        "bare": bare,
-        **numbers,
-        "kept": numbers["actor"] / numbers["policy"],
-        "kept_inline": numbers["inline"] / numbers["policy"],
+        "envs": case.envs,
+        "isolation": case.isolation,
+        **rates,
+        "share": rates["actor"] / rates["policy"],
     }
 
 
-def _rate(step: Callable[[], None], count: int, seconds: float) -> float:
-    """Return environment steps/s over about that many seconds."""
-    for _ in range(5):
-        step()
-    begin, steps = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        step()
-        steps += count
-    return steps / (time.perf_counter() - begin)
-
-
-class _Random:
-    """Random actions in every environment in turn."""
-
-    def __init__(self, envs: list[Env]) -> None:
-        self._envs, self._over = envs, [True] * len(envs)
-        self._rng = np.random.default_rng(0)
-
-    def step(self) -> None:
-        """Take one step, or the reset after an episode, in every environment."""
-        for index, env in enumerate(self._envs):
-            if self._over[index]:
-                env.reset()
-                self._over[index] = False
-            else:
-                answer = env.step(random_actions(env.action_space, self._rng))
-                self._over[index] = answer[2] or answer[3]
-
-
 class _Stepper:
-    """The shortest loop there is: a batched policy call, then every environment in turn."""
+    """Steps environments as plainly as it can be done."""
 
-    def __init__(self, envs: list[Env], policy: Policy) -> None:
-        self._envs, self._policy = envs, policy
-        self._obs = [env.reset() for env in envs]
-        self._first = np.ones(len(envs), bool)
-        self._over = np.zeros(len(envs), bool)
+    def __init__(
+        self,
+        workers: list[Worker],
+        policy: Policy,
+        obs_space: ObsSpace,
+        action_space: ActionSpace,
+    ) -> None:
+        self._workers, self._policy = workers, policy
+        count = len(workers)
+        self._obs = {
+            key: np.zeros((count, *shape), dtype)
+            for key, (dtype, shape) in ((k, record_column(v)) for k, v in obs_space.items())
+        }
+        self._still = {
+            key: np.zeros(shape, dtype)
+            for key, (dtype, shape) in ((k, record_column(v)) for k, v in action_space.items())
+        }
+        self._over = np.ones(count, np.bool_)
+        self._first = np.ones(count, np.bool_)
 
-    def step(self) -> None:
-        """Take one step in every environment."""
-        obs = {key: np.stack([one[key] for one in self._obs]) for key in self._obs[0]}
-        actions, _ = self._policy.step(obs, self._first)
-        for index, env in enumerate(self._envs):
-            self._first[index] = self._over[index]
-            if self._over[index]:
-                self._obs[index], self._over[index] = env.reset(), False
-                continue
-            action = {key: value[index] for key, value in actions.items()}
-            self._obs[index], _, terminated, truncated = env.step(action)
-            self._over[index] = terminated or truncated
+    def bare(self, seconds: float) -> float:
+        """Return steps/s with a fixed action."""
+        return self._rate(seconds, lambda: [self._still] * len(self._workers))
+
+    def with_policy(self, seconds: float) -> float:
+        """Return steps/s with the policy's actions."""
+
+        def choose() -> list[dict[str, Any]]:
+            actions, _ = self._policy.step(self._obs, self._first)
+            return [{k: a[i] for k, a in actions.items()} for i in range(len(self._workers))]
+
+        return self._rate(seconds, choose)
+
+    def _rate(self, seconds: float, choose: Callable[[], list[dict[str, Any]]]) -> float:
+        begin, steps = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            chosen = choose()
+            for worker, action, over in zip(self._workers, chosen, self._over, strict=True):
+                if over:
+                    worker.reset(None)
+                else:
+                    worker.step(action)
+            for index, worker in enumerate(self._workers):
+                seen = _answer(worker)
+                assert isinstance(seen, Observation), seen
+                self._first[index] = self._over[index]
+                self._over[index] = seen.terminated or seen.truncated
+                for key, array in self._obs.items():
+                    array[index] = seen.obs[key]
+            steps += len(self._workers)
+        return steps / (time.perf_counter() - begin)
 
 
-@contextmanager
-def _actor_rates(
-    case: Case, agent: AgentConfig, env: Env, weights: PackedWeights
-) -> Iterator[Callable[[Any, float], float]]:
-    """Yield a function that runs a full actor for a while and returns its steps/s."""
-    columns = record_columns(agent, env.obs_space, env.action_space)
-    schema = Schema(tuple(Column(*column) for column in columns))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        EmbeddedServer(Path(folder), max_memory_bytes=512 * MIB) as server,
-    ):
-        client = ReplayClient(server.url)
-        client.create(schema, Limits(capacity_steps=20_000, capacity_bytes=256 * MIB))
+class _Actor:
+    """A whole actor that only steps while it is measured."""
 
-        def measure(isolation: Any, seconds: float) -> float:
-            spec = ActorSpec(
+    def __init__(
+        self,
+        stack: ExitStack,
+        case: Case,
+        agent: AgentConfig,
+        obs_space: ObsSpace,
+        action_space: ActionSpace,
+    ) -> None:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+        server = stack.enter_context(EmbeddedServer(Path(folder), max_memory_bytes=2**29))
+        self._client = ReplayClient(server.url)
+        stack.callback(self._client.close)
+        columns = record_columns(agent, obs_space, action_space)
+        schema = Schema(tuple(Column(*column) for column in columns))
+        # Nothing is admitted until it is measured, so that the actor rests in between.
+        limits = Limits(capacity_steps=100_000, capacity_bytes=2**28, budget_steps=1)
+        self._client.create(schema, limits)
+        self._fence = self._client.acquire_fence()
+        self._source = _Newest(agent, obs_space, action_space)
+        self._actor = ActorProcess(
+            ActorSpec(
                 run="bench",
-                env_id=case.env,
+                env_id=case.env_id,
                 envs=case.envs,
                 environment=case.environment,
-                actor=ActorConfig(isolation=isolation),
+                actor=ActorConfig(isolation=case.isolation),  # type: ignore[arg-type]
                 agent=agent,
-                obs_space=env.obs_space,
-                action_space=env.action_space,
+                obs_space=obs_space,
+                action_space=action_space,
                 schema=schema.to_dict(),
                 replay=ReplayConfig(),
                 replay_url=server.url,
-            )
-            actor = ActorProcess(spec, _Fixed(weights))
-            try:
-                return _actor_rate(actor, seconds)
-            finally:
-                actor.stop()
+            ),
+            self._source,
+        )
+        stack.callback(self._actor.stop, drain=False)
 
-        yield measure
-        client.close()
+    def rate(self, seconds: float) -> float:
+        """Return records/s while inserts are admitted."""
+        self._client.settle(self._fence, 0, 2**50)
+        self._until(lambda: self._actor.stats()["phase"] == "acting")
+        start = self._steps()
+        self._until(lambda: self._steps() > start)
+        begin, before = time.perf_counter(), self._steps()
+        time.sleep(seconds)
+        rate = (self._steps() - before) / (time.perf_counter() - begin)
+        self._client.settle(self._fence, 0, 1)
+        self._until(lambda: bool(self._actor.stats()["blocked"]))
+        return rate
+
+    def _steps(self) -> int:
+        return int(self._actor.stats()["env_steps"])
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120.0
+        while not condition():
+            stats = self._actor.stats()
+            if stats["error"] or time.monotonic() > deadline:
+                raise RuntimeError(f"the actor does not act: {stats}")
+            time.sleep(0.001)
 
 
-def _actor_rate(actor: ActorProcess, seconds: float) -> float:
-    deadline = time.monotonic() + START_S
-    while (stats := actor.stats())["env_steps"] < 20:
-        if stats["error"] or time.monotonic() > deadline:
-            raise RuntimeError(f"the actor does not act: {stats['error'] or stats['phase']}")
-        time.sleep(0.02)
-    begin, before = time.perf_counter(), stats["env_steps"]
-    time.sleep(seconds)
-    return (actor.stats()["env_steps"] - before) / (time.perf_counter() - begin)
+class _Newest:
+    """Fresh weights every two seconds, as a learner would publish them."""
+
+    def __init__(self, agent: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
+        self._tensors = make_agent(agent, obs_space, action_space).policy_tensors()
+        self._weights = pack(self._tensors, (1, 0))
+        self._update = 0
+
+    def fetch(self, newer_than: Version, timeout_s: float) -> PackedWeights | None:
+        """Return the first weights at once, and newer ones every two seconds."""
+        if newer_than >= (1, 0):
+            time.sleep(2.0)
+        self._update += 1
+        manifest = {**self._weights.manifest, "version": [1, self._update]}
+        return PackedWeights(buffer=self._weights.buffer, manifest=manifest)
+
+
+def _started(stack: ExitStack, case: Case, seed: int) -> Worker:
+    config = ActorConfig(isolation=case.isolation)  # type: ignore[arg-type]
+    worker = make_worker(case.env_id, case.environment, config)
+    stack.callback(worker.retire)
+    worker.start()
+    ready = _answer(worker)
+    if isinstance(ready, Failure):
+        raise RuntimeError(f"{case.env_id} cannot be made: {ready.message}")
+    return worker
+
+
+def _answer(worker: Worker) -> Any:
+    while (answer := worker.receive(1.0)) is None:
+        continue
+    return answer

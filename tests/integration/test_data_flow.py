@@ -117,6 +117,7 @@ def replay(tmp_path: Path) -> Iterator[ReplayClient]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A weight hub on a private Ray whose processes can import what counts."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     with Sentinel() as sentinel, ray_cluster("local", cpus=4, sentinel=sentinel):
         yield start_hub(tmp_path / "weights")

@@ -1,0 +1,141 @@
+"""The fleet: replaces what dies or hangs, gives up what keeps failing, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from cluster import make_spec, private_ray, replay_server, until
+from prometheus_client import CollectorRegistry, generate_latest
+
+from actors.config import ActorConfig
+from actors.fleet import Fleet, FleetError, Supervision
+from actors.hub import sender, start_hub
+from actors.metrics import FleetMetrics
+from actors.weights import HubSource
+from dreamer.weights import pack
+from replay_service import ReplayClient
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+QUICK = Supervision(check_every_s=0.1, answer_timeout_s=2.0, restart_delay_s=0.01, most_restarts=2)
+
+
+@pytest.fixture(scope="module")
+def source() -> Iterator[HubSource]:
+    """Weights from a hub on a private Ray, whose processes can import the shaky environments."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    try:
+        with private_ray():
+            hub = start_hub()
+            sender(hub)(pack({"w": torch.zeros(1)}, (1, 0)))
+            yield HubSource(hub)
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[ReplayClient]:
+    with replay_server(tmp_path / "replay") as made:
+        yield made
+
+
+@pytest.fixture
+def fleets() -> Iterator[list[Fleet]]:
+    """A list of fleets that are stopped after the test."""
+    started: list[Fleet] = []
+    yield started
+    for fleet in started:
+        fleet.stop(0.0)
+
+
+def launch(fleets: list[Fleet], source: HubSource, spec: Any, **options: Any) -> Fleet:
+    fleet = Fleet(spec, source, **({"actors": 2, "supervision": QUICK} | options))
+    fleets.append(fleet)
+    fleet.start()
+    return fleet
+
+
+def states(fleet: Fleet) -> list[str]:
+    fleet.check()
+    return [actor["state"] for actor in fleet.stats()]
+
+
+def failed(fleet: Fleet) -> bool:
+    try:
+        fleet.check()
+    except FleetError:
+        return True
+    return False
+
+
+def test_killed_and_stopped_actors_are_replaced_and_nothing_is_left(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    spec = make_spec(client, envs=1, actor=ActorConfig(isolation="process"))
+    fleet = launch(fleets, source, spec)
+    until(lambda: states(fleet) == ["acting", "acting"])
+    first, second = (actor["pid"] for actor in fleet.stats())
+    children = psutil.Process(first).children(recursive=True)
+    assert len(children) >= spec.envs
+    os.kill(first, signal.SIGKILL)
+    os.kill(second, signal.SIGSTOP)
+    until(lambda: [actor["life"] for actor in fleet.stats()] == [1, 1])
+    until(lambda: states(fleet) == ["acting", "acting"])
+    assert not psutil.wait_procs(children, timeout=10.0)[1]
+    registry = CollectorRegistry()
+    registry.register(FleetMetrics(fleet.summary))
+    text = generate_latest(registry).decode()
+    assert 'dreamer_actor_restarts_total{reason="died"} 1.0' in text
+    assert 'dreamer_actor_restarts_total{reason="hung"} 1.0' in text
+    assert "dreamer_fleet_actors_desired 2.0" in text
+    processes = [psutil.Process(actor["pid"]) for actor in fleet.stats()]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    ended = fleet.stop(drain_s=10.0)
+    assert [actor["state"] for actor in ended] == ["stopped", "stopped"]
+    assert not psutil.wait_procs(processes, timeout=10.0)[1]
+
+
+def test_environment_that_cannot_be_made_fails_fast_with_its_message(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    told: list[str] = []
+    fleet = launch(fleets, source, make_spec(client, "CannotBeMade"), on_failure=told.append)
+    until(lambda: failed(fleet))
+    with pytest.raises(FleetError, match="'environments'.*the level file is missing"):
+        fleet.check()
+    assert len(told) == 1 and "install the levels" in told[0]
+
+
+def test_slot_that_keeps_failing_is_quarantined_with_its_traceback(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    config = ActorConfig(isolation="inline", max_failures=2)
+    fleet = launch(fleets, source, make_spec(client, "AlwaysRaises", actor=config), actors=1)
+    until(lambda: failed(fleet))
+    (actor,) = fleet.stats()
+    assert actor["state"] == "quarantined" and actor["restarts"] == QUICK.most_restarts
+    assert "this simulator never works" in actor["trouble"] and "Traceback" in actor["trace"]
+    with pytest.raises(FleetError, match="(?s)failed more than 2 times.*never works"):
+        fleet.check()
+
+
+def test_fleet_in_lockstep_collects_from_every_actor(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    fleet = launch(fleets, source, make_spec(client, lockstep=True))
+    assert [fleet.collect(5, (1, 0)) for _ in range(2)] == [20, 20]
+    assert client.stats().inserted_steps == 40
+    ray.kill(fleet._slots[1].handle)
+    with pytest.raises(FleetError, match="actor 1"):
+        fleet.collect(5, (1, 0))
