@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -89,6 +89,6 @@ def _rates(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean_shares(rows: list[Mapping[str, Any]]) -> dict[str, float]:
+def _mean_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     names = [key for key in rows[0] if key.startswith("share/")]
     return {name.removeprefix("share/"): fmean(row[name] for row in rows) for name in names}
