@@ -232,6 +232,8 @@ def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Player:
     from dreamer.policy import Policy
     from dreamer.weights import pack
 
+    # Batches of a few states: more threads only wait for each other.
+    torch.set_num_threads(1)
     policy = Policy(config.agent, env.obs_space, env.action_space, seed=seed)
     prefixes = tuple(f"{part}." for part in POLICY_PARTS)
     tensors = {k: v for k, v in found.state["agent"].items() if k.startswith(prefixes)}

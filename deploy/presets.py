@@ -32,12 +32,12 @@ PRESETS: dict[str, Preset] = {
         size="tiny",
         values={
             "env": "CartPole-v1",
-            "steps": 12_000,
+            "steps": 14_000,
             "actors": 1,
             "envs_per_actor": 4,
             # A step of CartPole takes microseconds, and the environment is known not to crash.
             "actor.isolation": "inline",
-            "train_ratio": 64.0,
+            "train_ratio": 80.0,
             "replay.capacity_steps": 100_000,
             "replay.chunk_steps": 32,
             "replay.redis_memory_bytes": 512 * 1024**2,
