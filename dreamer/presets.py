@@ -20,7 +20,8 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "400m": (12288, 1536, 96, 96, 1536),
 }
 
-# Stochastic groups of our own sizes; all published ones have 32.
+# Stochastic groups: the published sizes all have 32.
+PUBLISHED_GROUPS = 32
 FEWER_GROUPS = {"debug": 4, "tiny": 16}
 
 
@@ -29,7 +30,7 @@ def sized(config: AgentConfig, size: str) -> AgentConfig:
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
     deter, hidden, classes, depth, units = SIZES[size]
-    stoch = FEWER_GROUPS.get(size, config.rssm.stoch)
+    stoch = FEWER_GROUPS.get(size, PUBLISHED_GROUPS)
     return replace(
         config,
         rssm=replace(config.rssm, deter=deter, hidden=hidden, classes=classes, stoch=stoch),
