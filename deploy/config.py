@@ -42,9 +42,10 @@ class TrainConfig:
     preset: str = "v3-cartpole"
     """Named configuration to start from; every other flag changes it. One of v3-cartpole,
     v3-dmc-proprio, v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid."""
-    size: str = "1m"
-    """Published model size that sets all widths (its name is its number of parameters): debug, 1m,
-    12m, 25m, 50m, 100m, 200m or 400m. Single widths can be changed on top (--agent.*)."""
+    size: str = "200m"
+    """Model size that sets all widths: 1m, 12m, 25m, 50m, 100m, 200m or 400m as published (the name
+    is the number of parameters), tiny for vectors on a CPU, debug for tests. Single widths can be
+    changed on top (--agent.*)."""
     run_dir: Path | None = None
     """Directory of this run; one that has a run in it is continued. None is
     runs/<preset>[-<env>][-<size>]-<seed>."""

@@ -159,8 +159,8 @@ def test_run_of_another_configuration_is_refused_with_the_differences() -> None:
 
 
 def test_long_lists_of_differences_are_cut_and_counted() -> None:
-    with pytest.raises(ConfigError, match="size: '1m' there, '12m' now; .*; 4 more"):
-        require_resumable(preset("v3-cartpole"), preset("v3-cartpole", "12m"))
+    with pytest.raises(ConfigError, match=r"size: '1m' there, '12m' now; .*; 4 more\)"):
+        require_resumable(preset("v3-cartpole", "1m"), preset("v3-cartpole", "12m"))
 
 
 @pytest.mark.parametrize(
