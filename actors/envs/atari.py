@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 from ale_py import Action, ALEInterface, LoggerMode, roms
 from gymnasium import spaces
 from numpy.typing import NDArray
+from PIL import Image
 
 from actors.envs.config import EnvConfig
 from actors.envs.registry import EnvError, nearest
@@ -38,7 +38,6 @@ class Atari:
         self.action_repeat = config.action_repeat or 4
         self._rom, self._config = rom, config
         ALEInterface.setLoggerMode(LoggerMode.Error)
-        cv2.setNumThreads(0)
         self._ale = ALEInterface()
         self._ale.setFloat("repeat_action_probability", config.sticky)
         self._load(0)
@@ -77,7 +76,7 @@ class Atari:
             left = self.action_repeat - 1 - frame
             over, capped = self._ale.game_over(), self._frames >= CAP_FRAMES
             if left < 2 or over or capped:
-                self._ale.getScreenRGB(self._screens[left % 2])
+                self._ale.getScreenRGB(self._screens[self._frames % 2])
             if over or capped:
                 break
         return self._observation(), reward, over, capped and not over
@@ -98,7 +97,9 @@ class Atari:
     def _observation(self) -> NDArray[np.uint8]:
         size = self._config.image_size
         screen = np.maximum(self._screens[0], self._screens[1])
-        image = cv2.resize(screen, (size, size), interpolation=cv2.INTER_AREA)
+        # The published settings resize with Pillow's bilinear filter.
+        picture = Image.fromarray(screen).resize((size, size), Image.Resampling.BILINEAR)
+        image = np.asarray(picture)
         if self._config.grayscale:
             return (image @ _LUMINANCE).astype(np.uint8)[..., None]
         return image
