@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -168,6 +169,10 @@ class Refresher:
                 continue
             delay_s = _FIRST_DELAY_S
             if weights is not None and weights.version > self._seen:
+                # Verified and unpacked here, so that the acting thread only has to swap. What is
+                # wrong with damaged ones is said there, where they are counted.
+                with suppress(WeightsError):
+                    _ = weights.tensors
                 self._keep(weights)
 
     def _keep(self, weights: PackedWeights) -> None:

@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ MIB = 1024**2
 TEMP_PREFIX = "dreamfleet-ray-"
 OBJECT_STORE_BYTES = 256 * MIB
 """Room for a few copies of the largest published policy."""
+
+LISTENER_TIMEOUT_S = 5.0
 
 
 class ClusterError(RuntimeError):
@@ -84,6 +87,8 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
 
 
 def _join(address: str) -> None:
+    if address != "auto":
+        _require_listener(address)
     _set_environment({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")})
     import ray
 
@@ -102,12 +107,26 @@ def _join(address: str) -> None:
     log.info("ray_joined address=%s", address)
 
 
+def _require_listener(address: str) -> None:
+    """Raise ClusterError if nothing listens there: Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), LISTENER_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"nothing answers at --ray {address}: {error}; give host:port of the head node's GCS "
+            "(`ray start` prints it), auto on a machine of the cluster, or leave --ray out"
+        ) from error
+
+
 def _set_environment(authentication: dict[str, str]) -> None:
     """Set what Ray and its processes read; also where Ray was imported, and has read it, before."""
     imported = "ray" in sys.modules
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Actors without a GPU must not hide the learner's devices, nor warn that they do not.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's own choice is 15: beside a learner on the same cores actors would hardly ever run.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(authentication)
     if imported:
         raylet: Any = importlib.import_module("ray._raylet")

@@ -37,17 +37,31 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         ) from error
     try:
         _take(lock, directory)
-        saved = directory / FILE_NAME
-        if saved.exists():
-            require_resumable(load_config(saved), config)
-        elif left := sorted(p.name for p in directory.iterdir() if p.name != LOCK):
-            raise ConfigError(
-                f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose "
-                "another --run-dir"
-            )
-        yield directory
+        try:
+            _require_fitting(directory, config)
+            yield directory
+        finally:
+            _forget_if_unused(directory)
     finally:
         os.close(lock)
+
+
+def _require_fitting(directory: Path, config: TrainConfig) -> None:
+    saved = directory / FILE_NAME
+    if saved.exists():
+        require_resumable(load_config(saved), config)
+    elif left := sorted(p.name for p in directory.iterdir() if p.name != LOCK):
+        raise ConfigError(
+            f"{directory} is not empty ({', '.join(left[:5])}) and holds no run; choose "
+            "another --run-dir"
+        )
+
+
+def _forget_if_unused(directory: Path) -> None:
+    """Remove the directory if the run left nothing in it but the lock: it could not start."""
+    if [path.name for path in directory.iterdir()] == [LOCK]:
+        (directory / LOCK).unlink()
+        directory.rmdir()
 
 
 def _take(lock: int, directory: Path) -> None:

@@ -14,7 +14,7 @@ from dreamer.actor import ActionCodec
 from dreamer.agent import agent_class, record_columns
 from dreamer.config import AgentConfig
 from dreamer.spaces import ActionSpace, ObsSpace
-from dreamer.weights import PackedWeights, Version, WeightsError, unpack
+from dreamer.weights import PackedWeights, Version, WeightsError
 
 __all__ = ["Policy", "record_columns"]
 
@@ -44,10 +44,12 @@ class Policy(nn.Module):
     def load(self, weights: PackedWeights) -> None:
         """Swap in new weights, all or none.
 
+        Quick if ``weights.tensors`` has been read before: the parameters are replaced, not copied.
+
         Raises:
             WeightsError: damaged, not finite, or of another network; the old weights stay.
         """
-        tensors, own = unpack(weights), self.state_dict()
+        tensors, own = weights.tensors, self.state_dict()
         wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
         extra = [k for k in tensors if k not in own]
         if wrong or extra:
@@ -56,8 +58,7 @@ class Policy(nn.Module):
                 f"or of another shape (first: {wrong[:1]}), {len(extra)} unknown (first: "
                 f"{extra[:1]}); learner and actors must run the same configuration"
             )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        self.load_state_dict(tensors, assign=True)
         self.version = weights.version
 
     @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ class PackedWeights:
         """Return (fence, update); weights are ordered by it."""
         fence, update = self.manifest["version"]
         return fence, update
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The verified tensors in float32; the work is done once, by whoever asks first.
+
+        Raises:
+            WeightsError: see `unpack`.
+        """
+        return unpack(self)
 
 
 def pack(

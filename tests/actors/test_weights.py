@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors.weights import Refresher, WeightSourceError
-from dreamer.weights import PackedWeights, Version, WeightsError, pack, unpack
+from dreamer.weights import PackedWeights, Version, WeightsError, pack
 
 
 class Tray:
@@ -40,7 +40,7 @@ class Reader:
 
     def load(self, weights: PackedWeights) -> None:
         """Verify and take the number."""
-        self.value = float(unpack(weights)["w"])
+        self.value = float(weights.tensors["w"])
         self.version = weights.version
 
 

@@ -36,6 +36,7 @@ def test_the_same_configuration_continues_and_may_go_further(tmp_path: Path) -> 
 def test_a_run_that_could_not_start_does_not_keep_another_out(tmp_path: Path) -> None:
     with run_directory(config(tmp_path, env="NoSuchEnv-v0")):
         pass
+    assert not (tmp_path / "run").exists()
     with run_directory(config(tmp_path)):
         pass
 
