@@ -111,7 +111,7 @@ def test_environment_that_cannot_be_made_fails_fast_with_its_message(
 ) -> None:
     told: list[str] = []
     fleet = launch(fleets, source, make_spec(client, "CannotBeMade"), on_failure=told.append)
-    until(lambda: failed(fleet))
+    until(lambda: failed(fleet) and bool(told))
     with pytest.raises(FleetError, match="'environments'.*the level file is missing"):
         fleet.check()
     assert len(told) == 1 and "install the levels" in told[0]
