@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -157,8 +158,13 @@ class Agent(nn.Module):
         """
         parts: list[tuple[nn.Module, str]] = [(self.rssm, "observe_step")]
         parts += [(self, name) for name in ("model_losses", "imagined_step", "behaviour_losses")]
+        # The compiled generator of random numbers is one thread and one number at a time on CPUs.
+        options: dict[str, str | int | bool | Callable[..., Any]] = {
+            "fallback_random": next(self.parameters()).device.type == "cpu"
+        }
         for owner, name in parts:
-            setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+            compiled = torch.compile(getattr(owner, name), dynamic=False, options=options)
+            setattr(owner, name, compiled)
 
     def optimise(self, losses: Losses) -> Metrics:
         """Step every group on the scaled sum of its losses' means."""

@@ -40,13 +40,17 @@ def onehot(index: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> T
 
 
 def sample_onehot(probs: Tensor) -> Tensor:
-    """Draw one-hot vectors over the last axis by an exponential race, without gradient.
+    """Draw one-hot vectors over the last axis by inverting the distribution, without gradient.
 
-    argmaxₖ pₖ/Eₖ with Eₖ ~ Exp(1) is a draw from p: one kernel, no synchronisation.
+    One uniform number per draw: on a CPU several times cheaper than one exponential or Gumbel
+    number per class. Counting edges gives exactly one class whatever the rounding.
     """
     with torch.no_grad():
-        race = probs / torch.empty_like(probs).exponential_().clamp_min_(1e-30)
-        return onehot(race.argmax(-1), probs.shape[-1], probs.dtype)
+        edges = probs.cumsum(-1)
+        point = torch.rand_like(edges[..., :1]) * edges[..., -1:]
+        passed = (point >= edges[..., :-1]).to(probs.dtype).sum(-1, keepdim=True)
+        classes = torch.arange(probs.shape[-1], dtype=probs.dtype, device=probs.device)
+        return (passed == classes).to(probs.dtype)
 
 
 def straight_through(sample: Tensor, probs: Tensor) -> Tensor:
