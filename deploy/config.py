@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from actors.config import ActorConfig
 from actors.envs import EnvConfig
-from dreamer.config import AgentConfig
+from dreamer.config import AgentConfig, V3Config
+from dreamer.presets import AGENTS
 from learner.config import LearnerConfig
 from replay_service import ReplayConfig
 
@@ -72,8 +73,8 @@ class TrainConfig:
     <host>:<port> of its head."""
     lockstep: bool = False
     """Let actors and learner take turns: the same seed then gives the same run, only slower."""
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    """What learns."""
+    agent: AgentConfig = field(default_factory=V3Config)
+    """What learns. The preset chooses the agent."""
     environment: EnvConfig = field(default_factory=EnvConfig)
     """What the environment shows and how it is stepped."""
     actor: ActorConfig = field(default_factory=ActorConfig)
@@ -237,11 +238,21 @@ def from_dict(data: Mapping[str, Any], where: str = "configuration") -> TrainCon
     """Build a configuration from nested plain values. Raises ConfigError as `load_config` does."""
     from cattrs import BaseValidationError
 
-    _require_known(TrainConfig(), data, where)
+    _require_known(replace(TrainConfig(), agent=_agent_of(data, where)), data, where)
     try:
         return _converter().structure(data, TrainConfig)
     except BaseValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_reasons(error))) from error
+
+
+def _agent_of(data: Mapping[str, Any], where: str) -> AgentConfig:
+    """Return the published configuration of the agent that the data names."""
+    default = TrainConfig().agent
+    agent = data.get("agent")
+    name = agent.get("name", default.name) if isinstance(agent, Mapping) else default.name
+    if name not in AGENTS:
+        raise ConfigError(f"{where}: unknown agent.name {name}{nearest(str(name), list(AGENTS))}")
+    return AGENTS[name].config
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -311,4 +322,16 @@ def _converter() -> Any:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_unstructure_hook(Path, str)
     converter.register_unstructure_hook(tuple, list)
+
+    def agent(data: Any, _: type[AgentConfig]) -> AgentConfig:
+        name = data.get("name", TrainConfig().agent.name)
+        return converter.structure(data, type(AGENTS[name].config))
+
+    def whole(agent: AgentConfig) -> dict[str, Any]:
+        fields: dict[str, Any] = converter.unstructure(agent, unstructure_as=type(agent))
+        return fields
+
+    # The options of an agent have a class of their own; its name says which.
+    converter.register_structure_hook_func(lambda kind: kind is AgentConfig, agent)
+    converter.register_unstructure_hook_func(lambda kind: kind is AgentConfig, whole)
     return converter

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from dreamer import imagination
 from dreamer.actor import ActionCodec
 from dreamer.batch import Batch
 from dreamer.config import AgentConfig
+from dreamer.decoder import Decoder
 from dreamer.presets import AGENTS
 from dreamer.rssm import RSSM, State
 from dreamer.spaces import ActionSpace, ObsSpace, record_column
@@ -61,6 +63,8 @@ class PolicyParts(NamedTuple):
 class Group(NamedTuple):
     """Parameters that one optimiser moves, and the losses whose gradient moves them."""
 
+    name: str
+    """Ends the names of its metrics, as in ``grad_norm/model``; empty for an only group."""
     losses: tuple[str, ...]
     params: list[nn.Parameter]
     optimiser: Optimiser
@@ -76,11 +80,15 @@ class Agent(nn.Module):
     encoder: nn.Module
     rssm: RSSM
     actor: nn.Module
+    decoder: Decoder | None
+    differentiable: bool = False
+    """Whether imagination keeps the gradient through actions and dynamics."""
 
     def __init__(self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
         super().__init__()
         self.config, self.obs_space, self.action_space = config, obs_space, action_space
         self.codec = ActionCodec(action_space)
+        self.decoder = None
         self.amp: torch.dtype | None = None
 
     @staticmethod
@@ -127,19 +135,34 @@ class Agent(nn.Module):
         """Return the world model's losses, each (B, T) or already a mean."""
         raise NotImplementedError
 
-    def imagine(self, rollout: Rollout) -> Trajectory:
-        """Return trajectories from every replayed state under the current policy."""
+    @property
+    def horizon(self) -> int:
+        """Imagined steps H."""
         raise NotImplementedError
 
+    def imagine(self, rollout: Rollout) -> Trajectory:
+        """Return trajectories from every replayed state under the current policy."""
+        start = rollout.states.detach().flatten()
+        roll = imagination.differentiable if self.differentiable else imagination.sampled
+        return Trajectory(*roll(self.imagined_step, start, self.horizon))
+
     def imagined_step(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Act in (N, D), flat (N, S·K), and return the next two and the action (N, A)."""
-        action = self.actor(torch.cat([deter, stoch], -1)).sample()
+        """Act in (N, D), flat (N, Z), and return the next two and the action (N, A).
+
+        The policy's input has no gradient: a policy acts on what is, it does not arrange it.
+        """
+        policy = self.actor(torch.cat([deter, stoch], -1).detach())
+        action = policy.rsample() if self.differentiable else policy.sample()
         return (*self.rssm.imagine_step(deter, stoch, action), action)
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
     ) -> tuple[Losses, Metrics]:
         """Return the actor's and critic's losses."""
+        raise NotImplementedError
+
+    def scale(self, loss: str) -> float:
+        """Return the weight of a loss."""
         raise NotImplementedError
 
     def groups(self) -> list[Group]:
@@ -169,12 +192,13 @@ class Agent(nn.Module):
     def optimise(self, losses: Losses) -> Metrics:
         """Step every group on the scaled sum of its losses' means."""
         groups = self.groups()
-        scales = {name: getattr(self.config.scales, name.split(".")[0]) for name in losses}
         named = [name for group in groups for name in group.losses]
         assert sorted(named) == sorted(losses), (sorted(named), sorted(losses))
         grads = [
             torch.autograd.grad(
-                sum(losses[name].mean() * scales[name] for name in group.losses),
+                torch.stack(
+                    [losses[name].mean() * self.scale(name) for name in group.losses]
+                ).sum(),
                 group.params,
                 retain_graph=group is not groups[-1],
                 materialize_grads=True,
@@ -183,7 +207,8 @@ class Agent(nn.Module):
         ]
         metrics: Metrics = {}
         for group, grad in zip(groups, grads, strict=True):
-            metrics |= group.optimiser.step(list(grad))
+            found = group.optimiser.step(list(grad))
+            metrics |= {f"{key}/{group.name}" if group.name else key: x for key, x in found.items()}
         return metrics
 
     def to_record(self, states: State) -> dict[str, Tensor]:
@@ -200,6 +225,32 @@ class Agent(nn.Module):
         """Return a stored latent as a state in float32."""
         return State(deter.float(), self.rssm.latent.from_record(stoch))
 
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return {image key: (truth, model)}, each (B, T, h, w, c) in [0, 1].
+
+        The model sees ``context`` frames, then imagines the rest under the recorded actions. An
+        agent without a decoder has nothing to show: {}.
+        """
+        if self.decoder is None:
+            return {}
+        embed = self.encoder(batch.obs)
+        keys = {key for keys in self.decoder.groups.values() for key in keys}
+        seen, _ = self.rssm.observe(
+            embed[:, :context],
+            batch.prev_action[:, :context],
+            batch.is_first[:, :context],
+            batch.initial,
+        )
+        deter, stoch = seen.deter[:, -1], seen.stoch[:, -1].flatten(1)
+        deters, stochs = list(seen.deter.unbind(1)), list(seen.stoch.flatten(2).unbind(1))
+        for action in batch.prev_action[:, context:].unbind(1):
+            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
+            deters.append(deter)
+            stochs.append(stoch)
+        model = self.decoder.images(torch.stack(deters, 1), torch.stack(stochs, 1))
+        return {key: (batch.obs[key].float() / 255.0, model[key]) for key in sorted(keys)}
+
     def policy_tensors(self) -> dict[str, Tensor]:
         """Return what acting needs, by name: a subset of ``state_dict()``."""
         prefixes = tuple(f"{name}." for name in POLICY_PARTS)
@@ -213,16 +264,24 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
     """Build the agent that the config names, with fresh parameters on the CPU.
 
     Raises:
-        ValueError: unknown agent, or a space that it cannot take; the message says what fits.
+        ValueError: unknown agent, options of another agent, or a space that it cannot take; the
+            message says what fits.
     """
-    return agent_class(config.name)(config, obs_space, action_space)
+    found = agent_class(config.name)
+    wanted = type(AGENTS[config.name].config)
+    if not isinstance(config, wanted):
+        raise ValueError(
+            f"agent {config.name!r} takes the options of {wanted.__name__}, got "
+            f"{type(config).__name__}; choose the agent by --preset"
+        )
+    return found(config, obs_space, action_space)
 
 
 def agent_class(name: str) -> type[Agent]:
     """Return the class of a registered agent. Raises ValueError on unknown names."""
     if name not in AGENTS:
         raise ValueError(f"unknown agent {name!r}; choose one of {', '.join(sorted(AGENTS))}")
-    module, _, attribute = AGENTS[name].partition(":")
+    module, _, attribute = AGENTS[name].build.partition(":")
     found: type[Agent] = getattr(importlib.import_module(module), attribute)
     return found
 

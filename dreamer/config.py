@@ -7,6 +7,7 @@ read these classes. Sizes of the published models are in ``presets.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +206,50 @@ class LossScales:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplorationConfig:
+    """What actors add to the policy's actions while they collect experience."""
+
+    noise: float = 0.0
+    """Standard deviation of normal noise on continuous actions, in units of their range [-1, 1]."""
+    epsilon: float = 0.0
+    """Share of discrete actions that are replaced by uniform ones."""
+
+    def __post_init__(self) -> None:
+        if self.noise < 0.0:
+            raise ValueError(f"exploration.noise must be >= 0, got {self.noise}")
+        if not 0.0 <= self.epsilon <= 1.0:
+            raise ValueError(f"exploration.epsilon is a share in [0, 1], got {self.epsilon}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """Everything that defines an agent, apart from the spaces it lives in."""
+    """What the options of every agent have in common; each agent has a class of its own."""
+
+    name: str
+    """Which agent; set by the preset."""
+    context: int = 0
+    """Records before the trained window whose stored latent starts it: 1, or 0 for none stored."""
+    evaluation: Literal["sample", "greedy"] = "sample"
+    """How the paper's evaluation acts."""
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    """Noise on the actors' actions."""
+
+    def __post_init__(self) -> None:
+        if self.context not in (0, 1):
+            raise ValueError(
+                f"context is 1 (windows start from the stored latent of the record before) or 0 "
+                f"(they start afresh), got {self.context}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class V3Config(AgentConfig):
+    """DreamerV3 as published in Nature (2025)."""
 
     name: str = "v3"
-    """Which agent; a key of the registry in ``dreamer/presets.py``."""
+    """Which agent; set by the preset."""
+    context: int = 1
+    """Records before the trained window whose stored latent starts it: 1, or 0 for zeros."""
     rssm: RSSMConfig = field(default_factory=RSSMConfig)
     """Recurrent state-space model."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -232,19 +272,13 @@ class AgentConfig:
     """Loss weights."""
     free_nats: float = 1.0
     """KL below which neither dyn nor rep has a gradient, per replayed step."""
-    context: int = 1
-    """Records before the trained window whose stored latent starts it: 1, or 0 for zeros."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rssm.deter % self.decoder.blocks:
             raise ValueError(
                 f"rssm.deter must be a multiple of decoder.blocks, got {self.rssm.deter} and "
                 f"{self.decoder.blocks}; try --agent.decoder.blocks {self.rssm.blocks}"
-            )
-        if self.context not in (0, 1):
-            raise ValueError(
-                f"context is 1 (windows start from the stored latent of the record before) or 0 "
-                f"(they start from zeros), got {self.context}"
             )
 
 

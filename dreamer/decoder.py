@@ -2,49 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer import ops
-from dreamer.config import DecoderConfig
-from dreamer.conv import ConvDecoder, check_image_size
 from dreamer.encoder import (
+    MakeTower,
     Tensors,
     image_channels,
     image_groups,
     vector_keys,
     vector_width,
 )
-from dreamer.nets import MLP, Linear
+from dreamer.nets import MLP, RMS_SILU, Style
 from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace
+
+
+class Likelihood(NamedTuple):
+    """How reconstructions are compared with observations.
+
+    Losses are element-wise, from prediction and target: images have targets in [0, 1].
+    """
+
+    image: Callable[[Tensor, Tensor], Tensor]
+    vector: Callable[[Tensor, Tensor], Tensor]
+    brightness: Callable[[Tensor], Tensor]
+    """Image prediction → brightness in [0, 1]."""
+
+
+def _small_errors_are_none(predicted: Tensor, target: Tensor) -> Tensor:
+    error = (predicted - ops.symlog(target)).square()
+    return torch.where(error < 1e-8, 0.0, error)
+
+
+SQUARED = Likelihood(
+    image=lambda predicted, target: (torch.sigmoid(predicted) - target).square(),
+    vector=lambda predicted, target: (predicted - ops.symlog(target)).square(),
+    brightness=torch.sigmoid,
+)
+"""Squared error without a half, images through a sigmoid (DreamerV3, Nature 2025)."""
+SQUARED_LINEAR = Likelihood(
+    image=lambda predicted, target: (predicted + 0.5 - target).square(),
+    vector=_small_errors_are_none,
+    brightness=lambda predicted: predicted + 0.5,
+)
+"""Squared error without a half, images linear around the middle (DreamerV3, January 2023)."""
+UNIT_NORMAL = Likelihood(
+    image=lambda predicted, target: ops.unit_normal_loss(predicted, target - 0.5),
+    vector=ops.unit_normal_loss,
+    brightness=lambda predicted: predicted + 0.5,
+)
+"""−log N(·, 1) of centred images and raw vectors (DreamerV1, DreamerV2)."""
 
 
 class Decoder(nn.Module):
     """Reconstruct every observation key from the latent state."""
 
-    def __init__(self, space: ObsSpace, config: DecoderConfig, deter: int, stoch: int) -> None:
+    def __init__(
+        self,
+        space: ObsSpace,
+        inputs: int,
+        tower: MakeTower,
+        layers: int,
+        units: int,
+        *,
+        style: Style = RMS_SILU,
+        likelihood: Likelihood = SQUARED,
+    ) -> None:
+        """Build towers and MLP; a tower takes (n, D) and (n, Z), ``inputs`` wide together."""
         super().__init__()
         self.space, self.groups, self.vectors = space, image_groups(space), vector_keys(space)
-        depths = tuple(config.depth * mult for mult in config.mults)
+        self.likelihood = likelihood
         self.towers = nn.ModuleDict()
         for size, keys in self.groups.items():
-            check_image_size(keys[0], size, len(depths))
             channels = sum(image_channels(space, key) for key in keys)
-            self.towers[str(size)] = ConvDecoder(
-                size, channels, depths, config.kernel, deter, stoch, config.units, config.blocks
-            )
+            self.towers[str(size)] = tower(keys[0], size, channels)
         if self.vectors:
-            self.mlp = MLP(deter + stoch, config.layers, config.units)
+            self.mlp = MLP(inputs, layers, units, style)
             # A list, because not every key can be the name of a module.
             self.outs = nn.ModuleList(
-                Linear(config.units, vector_width(space, key)) for key in self.vectors
+                style.out(units, vector_width(space, key)) for key in self.vectors
             )
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensors:
         """(B, T, D), (B, T, S·K) → {key: (B, T, …)}.
 
-        Images come as logits of their brightness, vectors in symlog space, discrete keys as logits.
+        Discrete keys come as logits, the others as the likelihood reads them.
         """
         lead, out = deter.shape[:2], {}
         if self.vectors:
@@ -59,26 +106,24 @@ class Decoder(nn.Module):
         return out
 
     def losses(self, predicted: Tensors, obs: Tensors) -> Tensors:
-        """Return {key: (B, T)}: squared error summed over pixels or dimensions, without a half.
+        """Return {key: (B, T)}: the loss summed over pixels or dimensions.
 
-        Images are compared in [0, 1], vectors in symlog space, discrete keys by cross-entropy
-        (DreamerV3, Nature 2025).
+        Discrete keys are compared by cross-entropy.
         """
         return {key: self._loss(key, predicted[key], obs[key]) for key in predicted}
 
     def _loss(self, key: str, predicted: Tensor, target: Tensor) -> Tensor:
         spec = self.space[key]
         if isinstance(spec, ImageSpec):
-            error = torch.sigmoid(predicted) - target.float() / 255.0
-            return error.square().flatten(2).sum(-1)
+            return self.likelihood.image(predicted, target.float() / 255.0).flatten(2).sum(-1)
         if isinstance(spec, DiscreteSpec):
             flat = F.cross_entropy(
                 predicted.flatten(0, 1), target.long().flatten(), reduction="none"
             )
             return torch.unflatten(flat, 0, target.shape[:2])
-        return (predicted - ops.symlog(target.float())).square().sum(-1)
+        return self.likelihood.vector(predicted, target.float()).sum(-1)
 
     def images(self, deter: Tensor, stoch: Tensor) -> Tensors:
-        """Return the reconstructed images in [0, 1]: {key: (B, T, h, w, c)}."""
-        out = self(deter, stoch)
-        return {key: torch.sigmoid(out[key]) for keys in self.groups.values() for key in keys}
+        """Return the reconstructed images: {key: (B, T, h, w, c)}, about in [0, 1]."""
+        out, brightness = self(deter, stoch), self.likelihood.brightness
+        return {key: brightness(out[key]) for keys in self.groups.values() for key in keys}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dreamer import ops
-from dreamer.config import EncoderConfig
-from dreamer.conv import ConvEncoder, check_image_size
-from dreamer.nets import MLP
+from dreamer.nets import MLP, RMS_SILU, Style
 from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace, VectorSpec, check_observation_names
 
 Tensors = dict[str, Tensor]
+MakeTower = Callable[[str, int, int], nn.Module]
+"""(first key, side, channels) → a tower that embeds images, (n, s, s, c) → (n, ``outputs``)."""
 
 
 def image_groups(space: ObsSpace) -> dict[int, list[str]]:
@@ -46,27 +48,38 @@ def vector_width(space: ObsSpace, key: str) -> int:
 
 
 class Encoder(nn.Module):
-    """Embed observations: {key: (B, T, …)} → (B, T, E)."""
+    """Embed observations: {key: (B, T, …)} → (B, T, E).
 
-    def __init__(self, space: ObsSpace, config: EncoderConfig) -> None:
+    Images enter a tower for their size, centred in [−0.5, 0.5]; vectors, after ``transform``, and
+    one-hots of discrete scalars enter one MLP.
+    """
+
+    def __init__(
+        self,
+        space: ObsSpace,
+        tower: MakeTower,
+        layers: int,
+        units: int,
+        *,
+        style: Style = RMS_SILU,
+        transform: Callable[[Tensor], Tensor] = ops.symlog,
+    ) -> None:
         super().__init__()
         if not space:
             raise ValueError("the observation space is empty; an agent needs at least one key")
         check_observation_names(space)
         self.space, self.groups, self.vectors = space, image_groups(space), vector_keys(space)
-        depths = tuple(config.depth * mult for mult in config.mults)
+        self.transform = transform
         self.towers = nn.ModuleDict()
         self.outputs = 0
         for size, keys in self.groups.items():
-            check_image_size(keys[0], size, len(depths))
-            channels = sum(image_channels(space, key) for key in keys)
-            tower = ConvEncoder(size, channels, depths, config.kernel)
-            self.towers[str(size)] = tower
-            self.outputs += tower.outputs
+            made = tower(keys[0], size, sum(image_channels(space, key) for key in keys))
+            self.towers[str(size)] = made
+            self.outputs += int(made.outputs)  # type: ignore[arg-type]
         if self.vectors:
             inputs = sum(vector_width(space, key) for key in self.vectors)
-            self.mlp = MLP(inputs, config.layers, config.units)
-            self.outputs += config.units
+            self.mlp = MLP(inputs, layers, units, style)
+            self.outputs += units
 
     def forward(self, obs: Tensors) -> Tensor:
         parts, lead = [], next(iter(obs.values())).shape[:2]
@@ -85,4 +98,4 @@ class Encoder(nn.Module):
         spec = self.space[key]
         if isinstance(spec, DiscreteSpec):
             return ops.onehot(value, spec.classes)
-        return ops.symlog(value.float())
+        return self.transform(value.float())

@@ -215,6 +215,11 @@ def bernoulli_loss(logit: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, target, reduction="none")
 
 
+def unit_normal_loss(mean: Tensor, target: Tensor) -> Tensor:
+    """Return −log N(target; mean, 1) element-wise (DreamerV1, DreamerV2)."""
+    return 0.5 * (mean - target) ** 2 + 0.5 * math.log(2 * math.pi)
+
+
 def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return log N(x; mean, std) summed over the last axis."""
     scaled = (x - mean) / std

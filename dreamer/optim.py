@@ -83,3 +83,69 @@ class LaProp(nn.Module):
         factors = 1.0 / torch.clamp_min(grad_norms / limits, 1.0)
         clipped = list(torch._foreach_mul(grads, list(factors.unbind())))
         return clipped, (grad_norms > limits).float().mean(), grad_norms.norm()
+
+
+class Adam(nn.Module):
+    """Adam with global-norm clipping and decoupled decay (DreamerV1, V2, V3 of 2023, DreamerPro).
+
+    ``hat`` is Keras' form of eps, added to the *uncorrected* root of the running square; without
+    it eps is added after the correction, as PyTorch and optax do. ``decay`` multiplies every
+    tensor by 1 − decay before the step, whatever the rate (DreamerV2).
+    """
+
+    count: Tensor
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        *,
+        lr: float,
+        eps: float,
+        clip: float,
+        decay: float = 0.0,
+        hat: bool = True,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+    ) -> None:
+        super().__init__()
+        self._params = tuple(params)
+        self.lr, self.eps, self.clip, self.decay, self.hat = lr, eps, clip, decay, hat
+        self.beta1, self.beta2 = beta1, beta2
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        for i, param in enumerate(params):
+            self.register_buffer(f"square_{i}", torch.zeros_like(param))
+            self.register_buffer(f"momentum_{i}", torch.zeros_like(param))
+
+    @torch.no_grad()
+    def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
+        """Apply one update in place and return metrics as 0-d tensors."""
+        params: list[Tensor] = list(self._params)
+        squares = [getattr(self, f"square_{i}") for i in range(len(params))]
+        momenta = [getattr(self, f"momentum_{i}") for i in range(len(params))]
+        self.count += 1
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        factor = self.clip / torch.clamp_min(norm, self.clip)
+        grads = list(torch._foreach_mul(grads, factor))
+        torch._foreach_lerp_(momenta, grads, 1.0 - self.beta1)
+        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1.0 - self.beta2)
+        unbias1 = (1.0 - self.beta1**self.count).float()
+        unbias2 = (1.0 - self.beta2**self.count).float().sqrt()
+        roots = list(torch._foreach_sqrt(squares))
+        if self.hat:
+            torch._foreach_add_(roots, self.eps)
+            rate = self.lr * unbias2 / unbias1
+        else:
+            torch._foreach_div_(roots, unbias2)
+            torch._foreach_add_(roots, self.eps)
+            rate = self.lr / unbias1
+        steps = list(torch._foreach_div(momenta, roots))
+        torch._foreach_mul_(steps, -rate)
+        if self.decay:
+            torch._foreach_mul_(params, 1.0 - self.decay)
+        torch._foreach_add_(params, steps)
+        return {
+            "grad_norm": norm,
+            "grad_clip_fraction": (norm > self.clip).float(),
+            "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
+        }

@@ -106,7 +106,8 @@ class Policy(nn.Module):
         keep = (~is_first).float()[:, None]
         embed = self.rssm.posterior.project_embed(self.encoder(tensors)[:, 0])
         drive = self.rssm.core.project_action(previous * keep)
-        deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep)
+        start = self.rssm.start()
+        deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep, start)
         dist = self.actor(torch.cat([deter, stoch], -1))
         action: Tensor = dist.sample() if mode == "sample" else dist.mode()
         self._state = (deter, stoch, action)

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dreamer.core import BlockGRU
-from dreamer.latent import OneHotLatent
-from dreamer.nets import MLP, Dense, Linear
+from dreamer.core import Core
+from dreamer.latent import Latent
+from dreamer.nets import MLP, RMS_SILU, Dense, Style
 
 
 class State(NamedTuple):
@@ -33,18 +33,26 @@ class State(NamedTuple):
 
 
 class Posterior(nn.Module):
-    """q(z|h, e): hidden layers on [h, e], then logits.
+    """q(z|h, e): hidden layers on [h, e], then the latent's statistics.
 
     The first layer's product with the embedding does not depend on the state, so a rollout
     computes it for all time steps at once (`project_embed`).
     """
 
-    def __init__(self, deter: int, embed: int, layers: int, hidden: int, outputs: int) -> None:
+    def __init__(
+        self,
+        deter: int,
+        embed: int,
+        layers: int,
+        hidden: int,
+        outputs: int,
+        style: Style = RMS_SILU,
+    ) -> None:
         super().__init__()
         assert layers >= 1, layers
-        self.first = Dense(deter + embed, hidden)
-        self.rest = MLP(hidden, layers - 1, hidden)
-        self.logits = Linear(hidden, outputs)
+        self.first = Dense(deter + embed, hidden, style)
+        self.rest = MLP(hidden, layers - 1, hidden, style)
+        self.logits = style.out(hidden, outputs)
         self.deter = deter
 
     def project_embed(self, embed: Tensor) -> Tensor:
@@ -53,10 +61,9 @@ class Posterior(nn.Module):
         return nn.functional.linear(embed, linear.weight[:, self.deter :], linear.bias)
 
     def forward(self, deter: Tensor, embed: Tensor) -> Tensor:
-        """Return logits (…, S·K) from h and the projected embedding."""
+        """Return statistics (…, P) from h and the projected embedding."""
         weight = self.first.linear.weight[:, : self.deter]
-        hidden = nn.functional.linear(deter, weight) + embed
-        hidden = nn.functional.silu(self.first.norm(hidden))
+        hidden = self.first.finish(nn.functional.linear(deter, weight) + embed)
         logits: Tensor = self.logits(self.rest(hidden))
         return logits
 
@@ -66,21 +73,22 @@ class RSSM(nn.Module):
 
     def __init__(
         self,
-        core: BlockGRU,
-        latent: OneHotLatent,
+        core: Core,
+        latent: Latent,
         embed: int,
         hidden: int,
         prior_layers: int,
         post_layers: int,
+        style: Style = RMS_SILU,
     ) -> None:
         super().__init__()
         self.core, self.latent = core, latent
         outputs = latent.stats_size
         self.prior_net = nn.Sequential(
-            MLP(core.deter, prior_layers, hidden),
-            Linear(hidden if prior_layers else core.deter, outputs),
+            MLP(core.deter, prior_layers, hidden, style),
+            style.out(hidden if prior_layers else core.deter, outputs),
         )
-        self.posterior = Posterior(core.deter, embed, post_layers, hidden, outputs)
+        self.posterior = Posterior(core.deter, embed, post_layers, hidden, outputs, style)
 
     def initial(self, batch_size: int) -> State:
         """Return zeros for every member of the batch."""
@@ -89,24 +97,23 @@ class RSSM(nn.Module):
         return State(deter, torch.zeros(batch_size, *self.latent.shape, device=device))
 
     def prior(self, deter: Tensor) -> Tensor:
-        """Return the prior's logits (…, S·K) from (…, D)."""
+        """Return the prior's statistics (…, P) from (…, D)."""
         logits: Tensor = self.prior_net(deter)
         return logits
 
     def observe(
         self, embed: Tensor, prev_action: Tensor, is_first: Tensor, state: State
     ) -> tuple[State, Tensor]:
-        """Filter a window: mask at first → core → posterior, for every step.
+        """Filter a window: start over at first → core → posterior, for every step.
 
         Args:
             embed: (B, T, E).
             prev_action: (B, T, A) flat, the action that led to each step.
-            is_first: (B, T) bool; there the previous state and action are masked.
+            is_first: (B, T) bool; there the previous action is masked and the state starts over.
             state: the latent before the window.
 
         Returns:
-            The posterior states (B, T, …) with straight-through gradients, and the posterior's
-            logits (B, T, S·K).
+            The posterior states (B, T, …) with gradient, and the posterior's statistics (B, T, P).
         """
         keep = (~is_first).float()[..., None]  # (B, T, 1)
         actions = self.core.project_action(prev_action * keep).unbind(1)
@@ -114,19 +121,37 @@ class RSSM(nn.Module):
         deters, stochs, logits = [], [], []
         deter, stoch = state
         stoch = stoch.flatten(1)
+        start = self.start()
         for action, observed, mask in zip(actions, embeds, keep.unbind(1), strict=True):
-            deter, stoch, stats = self.observe_step(deter, stoch, action, observed, mask)
+            deter, stoch, stats = self.observe_step(deter, stoch, action, observed, mask, start)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(stats)
         stacked = torch.unflatten(torch.stack(stochs, 1), -1, self.latent.shape)
         return State(torch.stack(deters, 1), stacked), torch.stack(logits, 1)
 
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """Return where episodes start, (D) and (S·K), or None for zeros."""
+        return None
+
     def observe_step(
-        self, deter: Tensor, stoch: Tensor, action: Tensor, embed: Tensor, keep: Tensor
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        action: Tensor,
+        embed: Tensor,
+        keep: Tensor,
+        start: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (deter (B, D), flat stoch (B, S·K), logits) after one masked posterior step."""
-        deter = self.core(deter * keep, stoch * keep, action)
+        """Return (deter (B, D), flat stoch (B, S·K), statistics) after one posterior step.
+
+        Where ``keep`` (B, 1) is 0 the state is replaced by ``start`` first.
+        """
+        deter, stoch = deter * keep, stoch * keep
+        if start is not None:
+            deter = deter + start[0] * (1.0 - keep)
+            stoch = stoch + start[1] * (1.0 - keep)
+        deter = self.core(deter, stoch, action)
         stats = self.posterior(deter, embed)
         return deter, self.latent.sample(stats).flatten(1), stats
 
@@ -134,3 +159,25 @@ class RSSM(nn.Module):
         """Return (deter (N, D), flat stoch (N, S·K)) after one prior step with action (N, A)."""
         deter = self.core(deter, stoch, self.core.project_action(action))
         return deter, self.latent.sample(self.prior(deter)).flatten(1)
+
+
+class LearnedStartRSSM(RSSM):
+    """RSSM whose episodes start from h₀ = tanh(w) and the prior's mode (DreamerV3, 2023)."""
+
+    def __init__(
+        self,
+        core: Core,
+        latent: Latent,
+        embed: int,
+        hidden: int,
+        prior_layers: int,
+        post_layers: int,
+        style: Style = RMS_SILU,
+    ) -> None:
+        super().__init__(core, latent, embed, hidden, prior_layers, post_layers, style)
+        self.first_deter = nn.Parameter(torch.zeros(core.deter))
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Return the learned start, with gradient."""
+        deter = torch.tanh(self.first_deter)
+        return deter, self.latent.mode(self.prior(deter[None])).flatten()

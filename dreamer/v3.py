@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dreamer import ops
 from dreamer.actor import ActionCodec, Actor
 from dreamer.agent import Agent, Group, Losses, Metrics, PolicyParts, Rollout, Trajectory
 from dreamer.batch import Batch
-from dreamer.config import AgentConfig
+from dreamer.config import AgentConfig, DecoderConfig, EncoderConfig, V3Config
+from dreamer.conv import ConvDecoder, ConvEncoder, check_image_size
 from dreamer.core import BlockGRU
 from dreamer.decoder import Decoder
+from dreamer.dists import BoundedNormal
 from dreamer.encoder import Encoder
 from dreamer.heads import BernoulliHead, TwoHot, TwoHotHead
 from dreamer.latent import OneHotLatent
 from dreamer.normalize import PercentileScale
 from dreamer.optim import LaProp
 from dreamer.rssm import RSSM
+from dreamer.slow import frozen_copy, move_towards
 from dreamer.spaces import ActionSpace, ObsSpace
 
 
 class DreamerV3(Agent):
     """World model, actor and critic under one optimiser; REINFORCE for every action type."""
 
-    def __init__(self, config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
+    config: V3Config
+    decoder: Decoder
+
+    def __init__(self, config: V3Config, obs_space: ObsSpace, action_space: ActionSpace) -> None:
         super().__init__(config, obs_space, action_space)
         self.encoder, self.rssm, self.actor = self.policy_parts(config, obs_space, action_space)
         deter, stoch = config.rssm.deter, self.rssm.latent.size
         feature = deter + stoch
-        self.decoder = Decoder(obs_space, config.decoder, deter, stoch)
+        self.decoder = make_decoder(obs_space, config.decoder, deter, stoch)
         self.reward = TwoHotHead(
             feature, config.reward.layers, config.reward.units, config.reward.outscale,
             config.reward.bins,
@@ -45,7 +49,7 @@ class DreamerV3(Agent):
         )  # fmt: skip
         trained = list(self.parameters())
         # A copy, made after initialisation: both critics start equal.
-        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.slow_critic = frozen_copy(self.critic)
         rule = config.behaviour
         self.return_scale = PercentileScale(
             rate=rule.return_rate,
@@ -71,15 +75,30 @@ class DreamerV3(Agent):
         config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace
     ) -> PolicyParts:
         """Return the encoder, RSSM and actor with fresh parameters."""
-        encoder, rssm = Encoder(obs_space, config.encoder), config.rssm
+        assert isinstance(config, V3Config), config
+        encoder, rssm = make_encoder(obs_space, config.encoder), config.rssm
         latent = OneHotLatent(rssm.stoch, rssm.classes, rssm.unimix)
         action = ActionCodec(action_space).size
         core = BlockGRU(rssm.deter, latent.size, action, rssm.hidden, rssm.blocks)
         dynamics = RSSM(
             core, latent, encoder.outputs, rssm.hidden, rssm.prior_layers, rssm.post_layers
         )
-        actor = Actor(rssm.deter + latent.size, action_space, config.actor)
+        net = config.actor
+        actor = Actor(
+            rssm.deter + latent.size,
+            action_space,
+            layers=net.layers,
+            units=net.units,
+            continuous=lambda mean, std: BoundedNormal(mean, std, net.min_std, net.max_std),
+            outscale=net.outscale,
+            unimix=net.unimix,
+        )
         return PolicyParts(encoder, dynamics, actor)
+
+    @property
+    def horizon(self) -> int:
+        """Imagined steps H."""
+        return self.config.behaviour.imag_horizon
 
     @property
     def discount(self) -> float:
@@ -108,24 +127,6 @@ class DreamerV3(Agent):
         metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
         metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
         return losses, metrics
-
-    @torch.no_grad()
-    def imagine(self, rollout: Rollout) -> Trajectory:
-        """Roll the policy through the prior from every replayed state."""
-        start = rollout.states.detach().flatten()
-        deter, stoch = start.deter, start.stoch.flatten(1)
-        horizon, width = self.config.behaviour.imag_horizon, deter.shape[1]
-        # Written in place: stacking and joining the states would copy the largest tensor thrice.
-        feature = deter.new_empty(len(deter), horizon + 1, width + stoch.shape[1])
-        actions = []
-        for t in range(horizon):
-            feature[:, t, :width], feature[:, t, width:] = deter, stoch
-            deter, stoch, action = self.imagined_step(deter, stoch)
-            actions.append(action)
-        feature[:, horizon, :width], feature[:, horizon, width:] = deter, stoch
-        # The action in the last state has no successor: it only completes the shape.
-        actions.append(torch.zeros_like(actions[0]))
-        return Trajectory(feature, torch.stack(actions, 1))
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
@@ -184,39 +185,40 @@ class DreamerV3(Agent):
             slow = self.slow_critic(feature).mean()
         return goes_on[:, :-1] * self._regress(self.critic(feature), returns, slow)
 
+    def scale(self, loss: str) -> float:
+        """Return the weight of a loss."""
+        weight: float = getattr(self.config.scales, loss)
+        return weight
+
     def groups(self) -> list[Group]:
         """Return one group: every loss moves every part that its gradient reaches."""
         names = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
-        return [Group(names, list(self._trained), self.optimiser)]
+        return [Group("", names, list(self._trained), self.optimiser)]
 
-    @torch.no_grad()
     def update_slow(self) -> None:
         """Move the slow critic towards the fast one."""
-        torch._foreach_lerp_(
-            list(self.slow_critic.parameters()),
-            list(self.critic.parameters()),
-            self.config.behaviour.slow_rate,
+        move_towards(self.slow_critic, self.critic, self.config.behaviour.slow_rate)
+
+
+def make_encoder(space: ObsSpace, config: EncoderConfig) -> Encoder:
+    """Return the encoder: halving convolutions for images, an MLP on symlog vectors."""
+    depths = tuple(config.depth * mult for mult in config.mults)
+
+    def tower(key: str, size: int, channels: int) -> nn.Module:
+        check_image_size(key, size, len(depths))
+        return ConvEncoder(size, channels, depths, config.kernel)
+
+    return Encoder(space, tower, config.layers, config.units)
+
+
+def make_decoder(space: ObsSpace, config: DecoderConfig, deter: int, stoch: int) -> Decoder:
+    """Return the decoder, the mirror image of the encoder."""
+    depths = tuple(config.depth * mult for mult in config.mults)
+
+    def tower(key: str, size: int, channels: int) -> nn.Module:
+        check_image_size(key, size, len(depths))
+        return ConvDecoder(
+            size, channels, depths, config.kernel, deter, stoch, config.units, config.blocks
         )
 
-    @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return {image key: (truth, model)}, each (B, T, h, w, c) in [0, 1].
-
-        The model sees ``context`` frames, then imagines the rest under the recorded actions.
-        """
-        embed = self.encoder(batch.obs)
-        keys = {key for keys in self.decoder.groups.values() for key in keys}
-        seen, _ = self.rssm.observe(
-            embed[:, :context],
-            batch.prev_action[:, :context],
-            batch.is_first[:, :context],
-            batch.initial,
-        )
-        deter, stoch = seen.deter[:, -1], seen.stoch[:, -1].flatten(1)
-        deters, stochs = list(seen.deter.unbind(1)), list(seen.stoch.flatten(2).unbind(1))
-        for action in batch.prev_action[:, context:].unbind(1):
-            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
-            deters.append(deter)
-            stochs.append(stoch)
-        model = self.decoder.images(torch.stack(deters, 1), torch.stack(stochs, 1))
-        return {key: (batch.obs[key].float() / 255.0, model[key]) for key in sorted(keys)}
+    return Decoder(space, deter + stoch, tower, config.layers, config.units)

@@ -16,7 +16,7 @@ from actors.config import ActorConfig
 from actors.envs import EnvConfig
 from deploy.cluster import ray_cluster
 from deploy.sentinel import Sentinel
-from dreamer.config import AgentConfig
+from dreamer.config import V3Config
 from dreamer.spaces import record_column
 from dreamer.weights import PackedWeights, Version
 from replay_service import Column, EmbeddedServer, Limits, ReplayClient, ReplayConfig, Schema
@@ -92,7 +92,7 @@ def make_spec(client: ReplayClient, env: str = "Steady", **changes: Any) -> Acto
         "envs": 2,
         "environment": EnvConfig(),
         "actor": ActorConfig(isolation="inline"),
-        "agent": AgentConfig(),
+        "agent": V3Config(),
         "obs_space": OBS_SPACE,
         "action_space": ACTION_SPACE,
         "schema": SCHEMA.to_dict(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dreamer.agent import make_agent
 from dreamer.batch import Batch
-from dreamer.config import AgentConfig
+from dreamer.config import V3Config
 from dreamer.presets import agent_config
 from dreamer.rssm import State
 from dreamer.spaces import (
@@ -64,7 +64,7 @@ def close(actual: Tensor, expected: Any, rtol: float = 1e-6, atol: float = 1e-9)
     torch.testing.assert_close(actual.detach().double(), want, rtol=rtol, atol=atol)
 
 
-def debug_config(**changes: Any) -> AgentConfig:
+def debug_config(**changes: Any) -> V3Config:
     """Return the debug size with some top-level fields replaced."""
     return replace(agent_config("v3", "debug"), **changes)
 
@@ -72,7 +72,7 @@ def debug_config(**changes: Any) -> AgentConfig:
 def debug_agent(
     obs: ObsSpace = VECTOR,
     actions: ActionSpace = TURN,
-    config: AgentConfig | None = None,
+    config: V3Config | None = None,
     seed: int = 0,
 ) -> DreamerV3:
     """Return a seeded agent of the debug size."""

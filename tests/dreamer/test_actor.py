@@ -1,11 +1,9 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, distributions
 
-from dreamer.actor import ActionCodec, ActionDist, Actor, BoundedNormal, Categorical
-from dreamer.config import ActorNetConfig
+from dreamer.actor import ActionCodec, Actor
+from dreamer.dists import ActionDist, BoundedNormal, Categorical
 from dreamer.spaces import (
     ActionSpace,
     BoxAction,
@@ -15,7 +13,6 @@ from dreamer.spaces import (
 )
 from tests.dreamer.cases import ACTIONS, close, golden
 
-CONFIG = ActorNetConfig(layers=1, units=8, outscale=1.0)
 BOX = BoxAction(low=(-1.0, 0.0, -5.0), high=(1.0, 2.0, 5.0))
 SPACES: dict[str, ActionSpace] = {
     "discrete": {"action": DiscreteAction(classes=4)},
@@ -27,9 +24,21 @@ SPACES: dict[str, ActionSpace] = {
 SIZES = {"discrete": 4, "box": 3, "multidiscrete": 10, "multibinary": 6, "dict": 15}
 
 
+def make_actor(space: ActionSpace, outscale: float = 1.0, unimix: float = 0.01) -> Actor:
+    return Actor(
+        6,
+        space,
+        layers=1,
+        units=8,
+        continuous=lambda mean, std: BoundedNormal(mean, std, 0.1, 1.0),
+        outscale=outscale,
+        unimix=unimix,
+    )
+
+
 def policy(kind: str, repeats: int = 1, **changes: float) -> ActionDist:
     torch.manual_seed(0)
-    actor = Actor(6, SPACES[kind], replace(CONFIG, **changes))
+    actor = make_actor(SPACES[kind], **changes)
     dist = actor(torch.randn(3, 5, 6).repeat(repeats, 1, 1))
     assert isinstance(dist, ActionDist)
     return dist
@@ -106,7 +115,7 @@ def test_deviations_match_the_golden_parametrisation() -> None:
 def test_continuous_samples_are_not_clipped() -> None:
     torch.manual_seed(0)
     dist = BoundedNormal(torch.full((1000, 1), 9.0), torch.zeros(1000, 1), 0.1, 1.0)
-    sample = dist.sample()
+    sample = dist.rsample()
     assert sample.max() > 1.5
     close(sample.mean(), 1.0, atol=0.1)
     close(sample.std(), 0.8927, rtol=0.1)
@@ -134,7 +143,7 @@ def test_parts_add_their_log_probs_and_entropies() -> None:
 
 def test_log_prob_of_a_dictionary_equals_torch_distributions_part_by_part() -> None:
     torch.manual_seed(0)
-    actor, feature = Actor(6, ACTIONS, CONFIG), torch.randn(4, 6)
+    actor, feature = make_actor(ACTIONS), torch.randn(4, 6)
     out = actor.out(actor.mlp(feature)).split([2, 2, 2, 4, 2, 2, 3], -1)
 
     def categorical(logits: Tensor) -> distributions.Categorical:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from dreamer.config import (
-    AgentConfig,
     BehaviourConfig,
     DecoderConfig,
     EncoderConfig,
@@ -13,6 +12,7 @@ from dreamer.config import (
     LossScales,
     OptimConfig,
     RSSMConfig,
+    V3Config,
 )
 
 
@@ -32,9 +32,9 @@ from dreamer.config import (
         (lambda: DecoderConfig(kernel=4), "decoder.kernel must be odd"),
         (lambda: DecoderConfig(depth=3), "a multiple of decoder.blocks, got 3·4 and 8"),
         (lambda: HeadConfig(bins=256), "bins must be odd so that the middle one is zero, got 256"),
-        (lambda: AgentConfig(context=2), "context is 1"),
+        (lambda: V3Config(context=2), "context is 1"),
         (
-            lambda: AgentConfig(rssm=RSSMConfig(deter=36, blocks=6)),
+            lambda: V3Config(rssm=RSSMConfig(deter=36, blocks=6)),
             "rssm.deter must be a multiple of decoder.blocks, got 36 and 8; "
             "try --agent.decoder.blocks 6",
         ),
@@ -49,7 +49,7 @@ def test_a_configuration_that_cannot_work_is_refused_where_it_is_built(
 
 
 def test_the_defaults_are_those_of_the_publication() -> None:
-    config = AgentConfig()
+    config = V3Config()
     assert config.optim == OptimConfig(
         lr=4e-5, warmup=1000, beta1=0.9, beta2=0.999, eps=1e-20, agc=0.3, agc_floor=1e-3
     )
@@ -70,13 +70,13 @@ def test_the_defaults_are_those_of_the_publication() -> None:
 
 def test_configurations_do_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
-        AgentConfig().free_nats = 2.0  # type: ignore[misc]
+        V3Config().free_nats = 2.0  # type: ignore[misc]
 
 
 def test_replacing_a_part_checks_it_again() -> None:
     with pytest.raises(ValueError, match="context"):
-        replace(AgentConfig(), context=7)
+        replace(V3Config(), context=7)
 
 
 def test_fields_are_given_by_keyword_only() -> None:
-    assert all(field.kw_only for field in fields(AgentConfig))
+    assert all(field.kw_only for field in fields(V3Config))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from dreamer.config import DecoderConfig
 from dreamer.decoder import Decoder
 from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace, VectorSpec
+from dreamer.v3 import make_decoder
 from tests.dreamer.cases import close, golden, random_obs
 
 CONFIG = DecoderConfig(depth=2, units=8)
@@ -17,13 +18,13 @@ SPACE: ObsSpace = {
 }
 
 
-def make_decoder(space: ObsSpace = SPACE) -> Decoder:
+def decoder_of(space: ObsSpace = SPACE) -> Decoder:
     torch.manual_seed(0)
-    return Decoder(space, CONFIG, deter=16, stoch=12)
+    return make_decoder(space, CONFIG, deter=16, stoch=12)
 
 
 def test_every_key_is_reconstructed_in_its_own_shape() -> None:
-    out = make_decoder()(torch.randn(2, 3, 16), torch.randn(2, 3, 12))
+    out = decoder_of()(torch.randn(2, 3, 16), torch.randn(2, 3, 12))
     shapes = {key: tuple(value.shape[2:]) for key, value in out.items()}
     assert shapes == {
         "front": (16, 16, 3),
@@ -35,7 +36,7 @@ def test_every_key_is_reconstructed_in_its_own_shape() -> None:
 
 
 def test_every_loss_is_one_number_per_step() -> None:
-    decoder = make_decoder()
+    decoder = decoder_of()
     obs = {key: torch.from_numpy(x) for key, x in random_obs(SPACE, (2, 3)).items()}
     losses = decoder.losses(decoder(torch.randn(2, 3, 16), torch.randn(2, 3, 12)), obs)
     assert set(losses) == set(SPACE)
@@ -43,7 +44,7 @@ def test_every_loss_is_one_number_per_step() -> None:
 
 
 def test_image_loss_is_the_squared_error_of_the_sigmoid_summed_over_pixels_without_a_half() -> None:
-    decoder = make_decoder({"image": ImageSpec(shape=(16, 16, 3))})
+    decoder = decoder_of({"image": ImageSpec(shape=(16, 16, 3))})
     logits, image = torch.randn(1, 2, 16, 16, 3), torch.randint(256, (1, 2, 16, 16, 3)).byte()
     want = (torch.sigmoid(logits) - image / 255.0).square().sum((2, 3, 4))
     close(decoder.losses({"image": logits}, {"image": image})["image"], want, rtol=1e-5)
@@ -51,7 +52,7 @@ def test_image_loss_is_the_squared_error_of_the_sigmoid_summed_over_pixels_witho
 
 def test_image_targets_match_the_golden_scaling() -> None:
     given, want = golden("image_scaling")
-    decoder = make_decoder({"image": ImageSpec(shape=(16, 16, 3))})
+    decoder = decoder_of({"image": ImageSpec(shape=(16, 16, 3))})
     logits = torch.zeros(1, 1, 16, 16, 3)
     image = torch.tensor(given["u8"], dtype=torch.uint8).expand(1, 1, 16, 16, 3)
     expected = 256 * sum((0.5 - target) ** 2 for target in want["v3_2024_decoder_target"])
@@ -60,7 +61,7 @@ def test_image_targets_match_the_golden_scaling() -> None:
 
 def test_vector_loss_is_the_squared_error_in_symlog_space_without_a_half() -> None:
     given, want = golden("loss_factors")
-    decoder = make_decoder({"speed": VectorSpec(shape=(1,))})
+    decoder = decoder_of({"speed": VectorSpec(shape=(1,))})
     predicted, target = torch.tensor([[[given["pred"]]]]), torch.tensor([[[given["target"]]]])
     loss = decoder.losses({"speed": predicted}, {"speed": target})["speed"]
     close(loss[0, 0], want["v3_symlog_mse"])
@@ -69,19 +70,19 @@ def test_vector_loss_is_the_squared_error_in_symlog_space_without_a_half() -> No
 
 
 def test_discrete_loss_is_the_cross_entropy_of_the_class() -> None:
-    decoder = make_decoder({"gear": DiscreteSpec(classes=5)})
+    decoder = decoder_of({"gear": DiscreteSpec(classes=5)})
     logits, index = torch.randn(2, 3, 5), torch.randint(5, (2, 3), dtype=torch.int32)
     want = -F.log_softmax(logits, -1).gather(-1, index.long()[..., None])[..., 0]
     close(decoder.losses({"gear": logits}, {"gear": index})["gear"], want, rtol=1e-5)
 
 
 def test_images_are_between_zero_and_one_and_only_images() -> None:
-    images = make_decoder().images(100 * torch.randn(1, 2, 16), torch.randn(1, 2, 12))
+    images = decoder_of().images(100 * torch.randn(1, 2, 16), torch.randn(1, 2, 12))
     assert set(images) == {"front", "wrist", "map"}
     assert all(0 <= image.min() and image.max() <= 1 for image in images.values())
 
 
 @pytest.mark.parametrize("key", ["robot.arm", "values", "type", "keys"])
 def test_any_key_name_works_even_those_of_module_methods(key: str) -> None:
-    decoder = make_decoder({key: VectorSpec(shape=(2,))})
+    decoder = decoder_of({key: VectorSpec(shape=(2,))})
     assert set(decoder(torch.randn(1, 1, 16), torch.randn(1, 1, 12))) == {key}

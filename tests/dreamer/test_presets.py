@@ -29,7 +29,9 @@ def test_a_size_replaces_any_other_size(before: str) -> None:
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown size '2m'; choose one of debug, .*1m, 12m"):
+    with pytest.raises(
+        ValueError, match="unknown size '2m' of agent 'v3'; choose one of debug, .*1m, 12m"
+    ):
         agent_config("v3", "2m")
 
 

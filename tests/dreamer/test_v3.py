@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from dreamer import ops
 from dreamer.agent import Losses, Rollout, Trajectory
 from dreamer.batch import Batch
-from dreamer.config import AgentConfig, LossScales, OptimConfig
+from dreamer.config import LossScales, OptimConfig, V3Config
 from dreamer.presets import SIZES, agent_config
 from dreamer.rssm import State
 from dreamer.spaces import BoxAction, DiscreteAction, ImageSpec, ObsSpace, VectorSpec
@@ -291,7 +291,7 @@ def test_a_reward_after_an_episode_end_does_not_reach_the_critic_before_it() -> 
     assert torch.equal(*seen)
 
 
-def training_config(lr: float = 3e-3, **changes: Any) -> AgentConfig:
+def training_config(lr: float = 3e-3, **changes: Any) -> V3Config:
     return debug_config(optim=OptimConfig(lr=lr, warmup=0), **changes)
 
 

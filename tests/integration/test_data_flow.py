@@ -24,7 +24,7 @@ from actors.loop import derive_seed
 from actors.weights import HubSource
 from deploy.cluster import ray_cluster
 from deploy.sentinel import Sentinel
-from dreamer.config import AgentConfig
+from dreamer.config import V3Config
 from dreamer.weights import pack
 from replay_service import EmbeddedServer, Limits, Mirror, ReplayClient, ReplayConfig
 from replay_service.storage import window_rows
@@ -131,7 +131,7 @@ def test_nothing_is_lost_repeated_reordered_or_stitched(hub: Any, replay: Replay
         envs=ENVS,
         environment=EnvConfig(),
         actor=ActorConfig(),
-        agent=AgentConfig(),
+        agent=V3Config(),
         obs_space=OBS_SPACE,
         action_space=ACTION_SPACE,
         schema=SCHEMA.to_dict(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dreamer.agent import Agent, make_agent, record_columns
-from dreamer.config import AgentConfig, OptimConfig
+from dreamer.config import OptimConfig, V3Config
 from dreamer.presets import agent_config
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace, VectorSpec
 from learner.batch import make_batch
@@ -36,7 +36,7 @@ class Records:
     page_steps: int = PAGE
 
 
-def make_records(device: str = "cpu", config: AgentConfig = CONFIG, obs: ObsSpace = OBS) -> Records:
+def make_records(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace = OBS) -> Records:
     columns = [Column(*column) for column in record_columns(config, obs, ACTIONS)]
     storage = DeviceStorage(
         Schema(tuple(columns)),
@@ -67,9 +67,7 @@ def make_records(device: str = "cpu", config: AgentConfig = CONFIG, obs: ObsSpac
     return Records(storage.columns, storage.valid_cumsum, storage.next_page)
 
 
-def make_test_agent(
-    device: str = "cpu", config: AgentConfig = CONFIG, obs: ObsSpace = OBS
-) -> Agent:
+def make_test_agent(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace = OBS) -> Agent:
     torch.manual_seed(0)
     return make_agent(config, obs, ACTIONS).to(device)
 
@@ -197,7 +195,7 @@ Run = tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]
 
 
 def run(
-    mode: Mode, device: str, updates: int, config: AgentConfig = CONFIG, obs: ObsSpace = OBS
+    mode: Mode, device: str, updates: int, config: V3Config = CONFIG, obs: ObsSpace = OBS
 ) -> Run:
     """Return the metrics of every update, the agent's state and the records at the end."""
     agent, records = make_test_agent(device, config, obs), make_records(device, config, obs)
@@ -229,7 +227,7 @@ def same_random_numbers() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def shallow(config: AgentConfig) -> AgentConfig:
+def shallow(config: V3Config) -> V3Config:
     """Return a network of few layers and a short imagination: fewer kernels to compile."""
     return replace(
         config,
