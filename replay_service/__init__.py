@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from replay_service.archive import Archive, export_archive
+    from replay_service.audit import Violation
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
     from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
     from replay_service.config import Limits, ReplayConfig
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
         ReplayTimeout,
         ReplayUnavailable,
     )
+    from replay_service.invariants import CheckReport, check_archive, check_server
     from replay_service.limiter import CreditLimiter, plan_limits
     from replay_service.memory import MemoryPlan, estimate_memory
     from replay_service.mirror import EpisodeEvent, Mirror
+    from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
     from replay_service.server import EmbeddedServer
     from replay_service.writer import ChunkWriter, Uploader, UploadStats
 
 _HOMES = {
+    "archive": ("Archive", "export_archive"),
+    "audit": ("Violation",),
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
     "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
     "config": ("Limits", "ReplayConfig"),
@@ -49,9 +55,11 @@ _HOMES = {
         "ReplayTimeout",
         "ReplayUnavailable",
     ),
+    "invariants": ("CheckReport", "check_archive", "check_server"),
     "limiter": ("CreditLimiter", "plan_limits"),
     "memory": ("MemoryPlan", "estimate_memory"),
     "mirror": ("EpisodeEvent", "Mirror"),
+    "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
     "server": ("EmbeddedServer",),
     "writer": ("ChunkWriter", "UploadStats", "Uploader"),
@@ -59,6 +67,8 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Archive",
+    "CheckReport",
     "ChunkError",
     "Chunk",
     "ChunkWriter",
@@ -67,6 +77,7 @@ __all__ = [
     "EmbeddedServer",
     "EpisodeEvent",
     "EpisodeSummary",
+    "ImportResult",
     "InsertReply",
     "Limits",
     "LogEntry",
@@ -88,9 +99,15 @@ __all__ = [
     "Schema",
     "UploadStats",
     "Uploader",
+    "Violation",
+    "check_archive",
+    "check_server",
+    "create_like",
     "decode_chunk",
     "encode_chunk",
     "estimate_memory",
+    "export_archive",
+    "import_archive",
     "plan_limits",
 ]
 
