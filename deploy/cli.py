@@ -172,12 +172,30 @@ def _bench(args: list[str]) -> int:
     return bench(parse(BenchOptions, args, command="bench"))
 
 
+def _replay(args: list[str]) -> int:
+    from deploy.replaycmd import ACTIONS
+
+    if not args or args[0] in ("-h", "--help"):
+        lines = [f"usage: {PROG} replay <action> [--help] …", ""]
+        lines += [f"  {name:<10} {action.summary}" for name, action in ACTIONS.items()]
+        _console().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if args[0] not in ACTIONS:
+        raise ConfigError(
+            f"unknown action replay {args[0]}{nearest(args[0], list(ACTIONS))} "
+            f"(actions: {', '.join(ACTIONS)})"
+        )
+    action = ACTIONS[args[0]]
+    return action.run(parse(action.options, args[1:], command=f"replay {args[0]}"))
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(summary="train an agent, or continue a run", run=_train),
     "eval": Command(summary="play episodes with a run's newest checkpoint", run=_eval),
     "status": Command(summary="show how a run is doing, or how it ended", run=_status),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
+    "replay": Command(summary="check, export or import what a run has collected", run=_replay),
     "bench": Command(summary="measure learner, replay, actors and the whole", run=_bench),
 }
 

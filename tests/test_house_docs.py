@@ -10,6 +10,7 @@ import pytest
 
 from deploy.cli import COMMANDS, parse, parse_train
 from deploy.presets import PRESETS, preset
+from deploy.replaycmd import ACTIONS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -59,6 +60,9 @@ def test_commands_in_pages_are_understood(words: list[str]) -> None:
         return
     if name == "train":
         assert parse_train(args)
+    elif name == "replay":
+        action = ACTIONS[args[0]]
+        assert not args[1:] or parse(action.options, args[1:], command=f"replay {args[0]}")
     else:
         assert parse(_options(name), args, command=name)
 

@@ -1,0 +1,292 @@
+"""`dreamfleet replay check|export|import`: what a replay holds, and moving it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import tyro
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config
+from deploy.progress import console, count, duration
+from deploy.status import require_run
+from replay_service import (
+    Archive,
+    CheckReport,
+    CreditLimiter,
+    ReplayClient,
+    ReplayUnavailable,
+    check_archive,
+    check_server,
+    create_like,
+    export_archive,
+    import_archive,
+    plan_limits,
+)
+from replay_service.archive import MANIFEST
+from replay_service.invariants import NAMES
+
+log = logging.getLogger(__name__)
+
+MOST_SHOWN = 20
+"""Violations that are shown; all are counted."""
+_SOCKET = re.compile(r"unixsocket[: ](/\S+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayCheckOptions:
+    """Check that a replay keeps what it promises, without changing it; exit code 1 if not."""
+
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL|ARCHIVE")]
+    """Run directory (its server is started for the check if it does not run), address of a server,
+    or directory of an archive."""
+    contents: bool = True
+    """Read every chunk; --no-contents looks at the log, sizes and counters alone."""
+    timeout_s: float = 600.0
+    """Seconds after which the check gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayExportOptions:
+    """Write everything that a replay retains to a directory of .npy files."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL")]
+    """Run directory, whether it runs or not, or address of a server."""
+    archive: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVE")]
+    """Directory to make."""
+    timeout_s: float = 3600.0
+    """Seconds after which the export gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayImportOptions:
+    """Put an archive into a replay; doing it again changes nothing."""
+
+    archive: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVE")]
+    """Directory of the archive."""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL")]
+    """Run directory, or address of a server. A new directory becomes a run with the configuration
+    that the archive was exported with."""
+    prefix: str = ""
+    """Put before the name of every stream, to tell several imports apart."""
+    patience_s: float = 60.0
+    """Seconds to wait for a learner while the train ratio admits nothing more."""
+    timeout_s: float = 3600.0
+    """Seconds after which the import gives up; doing it again continues."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """One word after `dreamfleet replay`."""
+
+    summary: str
+    """What it does."""
+    options: type
+    """What it takes."""
+    run: Callable[[Any], int]
+    """Does it, and returns the exit code."""
+
+
+def check(options: ReplayCheckOptions) -> int:
+    """Check a replay and print what was found. Returns 0 if nothing was, else 1.
+
+    Raises:
+        ConfigError, ReplayError: there is nothing to check, or it cannot be reached.
+    """
+    path = Path(options.target)
+    with _bar("checking") as progress:
+        if "://" not in options.target and (path / MANIFEST).is_file():
+            report = check_archive(Archive(path), timeout_s=options.timeout_s, progress=progress)
+        else:
+            with open_replay(options.target) as (client, config):
+                report = check_server(
+                    client,
+                    contents=options.contents,
+                    account=_account(config, client) if config else None,
+                    timeout_s=options.timeout_s,
+                    progress=progress,
+                )
+    _show(report)
+    return 0 if report.ok else 1
+
+
+def export(options: ReplayExportOptions) -> int:
+    """Export a replay and print what was written. Raises ReplayError if it cannot be."""
+    with _bar("exporting") as progress, open_replay(options.source) as (client, config):
+        run = Path(options.source)
+        extra = {FILE_NAME: (run / FILE_NAME).read_bytes()} if config else {}
+        made = export_archive(
+            client, options.archive, extra=extra, timeout_s=options.timeout_s, progress=progress
+        )
+    console().print(
+        f"{count(made.steps)} steps of {len(made.streams)} streams are in {options.archive}; "
+        f"contents {made.contents_sha256[:16]}",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def import_(options: ReplayImportOptions) -> int:
+    """Import an archive and print what was inserted. Raises ReplayError if it cannot be."""
+    archive, run = Archive(options.archive), Path(options.target)
+    if "://" not in options.target and not (run / FILE_NAME).exists():
+        _begin_run(archive, run)
+    with _bar("importing") as progress, open_replay(options.target, create=True) as (client, _):
+        create_like(client, archive)
+        result = import_archive(
+            client,
+            archive,
+            prefix=options.prefix,
+            patience_s=options.patience_s,
+            timeout_s=options.timeout_s,
+            progress=progress,
+        )
+    console().print(
+        f"{count(result.steps)} steps in {result.chunks} chunks of {result.streams} streams were "
+        f"inserted, {result.present_chunks} chunks were already there ({duration(result.seconds)})",
+        soft_wrap=True,
+    )
+    return 0
+
+
+ACTIONS: dict[str, Action] = {
+    "check": Action(summary="check what a replay promises", options=ReplayCheckOptions, run=check),
+    "export": Action(
+        summary="write a replay to files for numpy, pandas or pyarrow",
+        options=ReplayExportOptions,
+        run=export,
+    ),
+    "import": Action(
+        summary="put such files into a replay", options=ReplayImportOptions, run=import_
+    ),
+}
+
+
+@contextmanager
+def open_replay(
+    target: str, *, create: bool = False
+) -> Iterator[tuple[ReplayClient, TrainConfig | None]]:
+    """Yield a client of the replay of a run directory or address, and the run's configuration.
+
+    The embedded server of a run that is not running is started for the time of the block.
+
+    Raises:
+        ConfigError: there is no run, or it has no replay yet (unless `create`).
+        ReplayError: the server cannot be used.
+    """
+    from deploy.launch import replay_server
+
+    with ExitStack() as stack:
+        if "://" in target:
+            url, config = target, None
+        else:
+            run = require_run(Path(target))
+            config = load_config(run / FILE_NAME)
+            found = _running_server(run / "replay") if config.redis == "embedded" else None
+            if found is None and config.redis == "embedded" and not create:
+                _require_data(run)
+            url = found or stack.enter_context(replay_server(config, run))
+        client = ReplayClient(url)
+        stack.callback(client.close)
+        client.check()
+        yield client, config
+
+
+def _running_server(directory: Path) -> str | None:
+    """Return the address of a server that runs on a directory, None if none answers."""
+    places = [directory / "redis.sock"]
+    # A socket whose path would be too long is elsewhere; the server's command line says where.
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        if process.info["cwd"] == str(directory.resolve()):
+            words = " ".join(process.info["cmdline"] or [])
+            places += [Path(place) for place in _SOCKET.findall(words)]
+    for place in filter(Path.is_socket, places):
+        client = ReplayClient(f"unix://{place}")
+        try:
+            client.check()
+            return client.url
+        except ReplayUnavailable as error:
+            log.info("server_absent socket=%s reason=%s", place, error)
+        finally:
+            client.close()
+    return None
+
+
+def _require_data(run: Path) -> None:
+    if not (run / "replay").is_dir():
+        raise ConfigError(f"the run in {run} has no replay yet: it ended before it began to train")
+
+
+def _begin_run(archive: Archive, run: Path) -> None:
+    """Make a new run directory with the configuration that came with an archive."""
+    saved = archive.directory / FILE_NAME
+    if run.exists() and any(run.iterdir()):
+        raise ConfigError(f"{run} is not empty and holds no run; choose another directory")
+    if not saved.is_file():
+        raise ConfigError(
+            f"there is no run in {run}, and {archive.directory} brings no {FILE_NAME} to begin one "
+            "with; give the directory of a run, or the address of a server"
+        )
+    load_config(saved)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / FILE_NAME).write_bytes(saved.read_bytes())
+
+
+def _account(config: TrainConfig, client: ReplayClient) -> CreditLimiter:
+    """Return the train ratio's account of a run."""
+    return plan_limits(
+        config.replay,
+        client.schema(),
+        train_ratio=config.train_ratio,
+        batch_size=config.learner.batch_size,
+        batch_length=config.learner.batch_length,
+        window_steps=config.learner.batch_length + config.agent.context,
+        streams=config.actors * config.envs_per_actor,
+    )[1]
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a job is while the block runs; yield what it reports to."""
+    with Bar(console=console(), transient=True, disable=not console().is_terminal) as bar:
+        task = bar.add_task(f"{what} …", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _show(report: CheckReport) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for letter, name in NAMES.items():
+        found, scope = report.findings.found[letter], report.scope[letter]
+        if found:
+            state = Text(f"{found} violations", "bold red")
+        elif scope.startswith("needs"):
+            state = Text("not checked", "dim")
+        else:
+            state = Text("ok", "bold green")
+        table.add_row(letter, name, state, Text(scope, "dim"))
+    out = console()
+    out.print(Text(report.source), soft_wrap=True)
+    out.print(table)
+    for violation in report.violations[:MOST_SHOWN]:
+        out.print(Text(f"  {violation.invariant}  {violation}"), soft_wrap=True)
+    hidden = report.findings.found.total() - min(len(report.violations), MOST_SHOWN)
+    if hidden:
+        out.print(f"  … and {hidden} more")
+    for note in report.notes:
+        out.print(Text(f"note: {note}"), soft_wrap=True)
+    contents = report.contents_sha256[:16] or "not read"
+    out.print(
+        f"{count(report.steps)} steps in {count(report.chunks)} chunks of "
+        f"{count(len(report.streams))} streams, {report.size_bytes / 1e6:,.1f} MB, contents "
+        f"{contents}, checked in {duration(report.seconds)}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,130 @@
+"""The commands about a replay, on runs that have ended, runs that go on, and addresses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import redis
+
+from deploy.cli import main
+from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
+from deploy.launch import replay_server
+from deploy.presets import preset
+from replay_service import Limits, ReplayClient
+from tests.replay_service.records import SCHEMA, insert_many
+
+
+def fill(url: str) -> None:
+    client = ReplayClient(url)
+    client.create(SCHEMA, Limits(capacity_steps=200, capacity_bytes=2**27, min_size_steps=10))
+    insert_many(client, 0, 30)
+    insert_many(client, 1, 5)
+    client.close()
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> Path:
+    """A run that has ended, with a replay of 200 steps."""
+    run = tmp_path / "run"
+    save_config(preset("v3-cartpole"), run / FILE_NAME)
+    with replay_server(load_config(run / FILE_NAME), run) as url:
+        fill(url)
+    return run
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    both = capsys.readouterr()
+    return re.sub(r"\x1b\[[\d;]*m", "", both.out + both.err)
+
+
+def contents(text: str) -> str:
+    found = re.search(r"contents ([0-9a-f]{16})", text)
+    assert found, text
+    return found[1]
+
+
+def test_ended_run_is_checked_exported_and_becomes_a_new_run(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, new = str(tmp_path / "dump"), str(tmp_path / "new")
+    assert main(["replay", "check", str(ended)]) == 0
+    shown = said(capsys)
+    assert re.search(r"A +every stream is contiguous +ok +chunks and records", shown), shown
+    assert "200 steps in 25 chunks of 2 streams" in shown and "drift" not in shown
+    assert main(["replay", "export", str(ended), archive]) == 0
+    assert contents(said(capsys)) == contents(shown)
+    assert main(["replay", "check", archive]) == 0
+    assert contents(said(capsys)) == contents(shown)
+    assert main(["replay", "import", archive, new]) == 0
+    assert "200 steps in 25 chunks of 2 streams were inserted, 0 chunks" in said(capsys)
+    assert load_config(Path(new) / FILE_NAME) == load_config(ended / FILE_NAME)
+    assert main(["replay", "import", archive, new]) == 0
+    assert "0 steps in 0 chunks of 2 streams were inserted, 25 chunks" in said(capsys)
+    assert main(["replay", "check", new]) == 0
+    assert contents(said(capsys)) == contents(shown)
+
+
+def test_running_run_is_checked_without_disturbing_it(
+    ended: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with replay_server(load_config(ended / FILE_NAME), ended) as url:
+        with redis.Redis.from_url(url) as raw:
+            served = raw.info("server")["process_id"]  # type: ignore[index]
+            assert main(["replay", "check", str(ended), "--no-contents"]) == 0
+            assert raw.info("server")["process_id"] == served  # type: ignore[index]
+            raw.delete("{rp0}:c:s1@1:3")
+        assert "contents not read" in said(capsys)
+        assert main(["replay", "check", url]) == 1
+        shown = said(capsys)
+        assert "1 violations" in shown and "C  stream s1@1 seq 3: the chunk is missing" in shown
+
+
+def test_socket_with_a_long_path_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / ("long" * 25)
+    save_config(preset("v3-cartpole"), run / FILE_NAME)
+    with replay_server(load_config(run / FILE_NAME), run) as url:
+        fill(url)
+        assert not (run / "replay" / "redis.sock").exists()
+        assert main(["replay", "check", str(run)]) == 0
+        assert "200 steps" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "want"),
+    [
+        ("replay chek x", "unknown action replay chek; did you mean check?"),
+        ("replay check", "RUN_DIR|URL|ARCHIVE"),
+        ("replay check nowhere", "there is no run in nowhere"),
+        ("replay check unix:///nowhere", "cannot be used"),
+        ("replay check x --no-content", "did you mean --no-contents?"),
+        ("replay import nowhere there", "there is no archive in nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    line: str, want: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    text = said(capsys)
+    assert want in text and text.count("\n") == 1
+
+
+def test_run_that_never_trained_and_directories_with_other_things_are_refused(
+    ended: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, archive = tmp_path / "bare", tmp_path / "dump"
+    save_config(TrainConfig(), bare / FILE_NAME)
+    assert main(["replay", "check", str(bare)]) == 2
+    assert "has no replay yet" in said(capsys)
+    assert main(["replay", "export", str(ended), str(archive)]) == 0
+    (archive / FILE_NAME).unlink()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    assert main(["replay", "import", str(archive), str(tmp_path / "full")]) == 2
+    assert "full is not empty and holds no run" in said(capsys)
+    assert main(["replay", "import", str(archive), str(tmp_path / "fresh")]) == 2
+    assert "brings no config.yaml" in said(capsys)
+    assert not (tmp_path / "fresh").exists()
