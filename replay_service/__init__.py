@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from replay_service.limiter import CreditLimiter, plan_limits
     from replay_service.memory import MemoryPlan, estimate_memory
     from replay_service.mirror import EpisodeEvent, Mirror
+    from replay_service.reflection import check_mirror
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
     from replay_service.server import EmbeddedServer
@@ -59,6 +60,7 @@ _HOMES = {
     "limiter": ("CreditLimiter", "plan_limits"),
     "memory": ("MemoryPlan", "estimate_memory"),
     "mirror": ("EpisodeEvent", "Mirror"),
+    "reflection": ("check_mirror",),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
     "server": ("EmbeddedServer",),
@@ -101,6 +103,7 @@ __all__ = [
     "Uploader",
     "Violation",
     "check_archive",
+    "check_mirror",
     "check_server",
     "create_like",
     "decode_chunk",

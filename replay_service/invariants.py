@@ -16,6 +16,7 @@ F   recovery within the stated time               no           no           no
 G   one log line and one metric for each fault    no           no           no
 ==  ============================================  ===========  ===========  ===========
 
+`check_server` and `check_archive` are here, `check_mirror` is in `replay_service.reflection`.
 F and G are about what happened, not about what is there: a test that causes the fault measures
 them, with `CheckReport.ok` as the sign that the replay has recovered.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -224,6 +224,12 @@ class Mirror:
         found = (self._index.find(sid, step) for sid, step in state)
         self._online.clear()
         self._online.extend(window for window in found if window is not None)
+
+    def held(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yield every gapless stretch: its stream, its first step, and the rows of its records."""
+        for segment in self._index.segments():
+            first = segment.first_step + segment.dropped_pages * self.page_steps
+            yield segment.sid, first, self._index.rows(segment)
 
     def uniforms(self, seed: int, update: int, count: int) -> np.ndarray:
         """Return (count,) float64 in [0, 1) that depend on seed and update number only.

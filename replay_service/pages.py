@@ -137,6 +137,17 @@ class PageIndex:
             return None
         return segment, step - segment.first_step
 
+    def segments(self) -> list[Segment]:
+        """Return every stretch that still holds records, in the order of their oldest page."""
+        pages = ((self._head - self._live + at) % self._pages for at in range(self._live))
+        return list(dict.fromkeys(owner for page in pages if (owner := self._owner[page])))
+
+    def rows(self, segment: Segment) -> np.ndarray:
+        """Return (n,) int64 rows of the records that a stretch still holds, in their order."""
+        starts = np.array(segment.pages, np.int64) * self.page_steps
+        rows = (starts[:, None] + np.arange(self.page_steps)).reshape(-1)
+        return rows[: segment.length - segment.dropped_pages * self.page_steps]
+
     def _extend(self, segment: Segment, steps: int) -> list[tuple[int, int]]:
         pieces = []
         while steps:
