@@ -38,6 +38,7 @@ from replay_service import (
     ReplayUnavailable,
     Schema,
     Uploader,
+    address_for,
 )
 
 log = logging.getLogger(__name__)

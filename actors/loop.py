@@ -122,7 +122,7 @@ class ActingLoop:
         writers: one per environment.
         seeds: one per environment.
         obs_space, action_space: of every environment.
-        mode: "sample" or "greedy".
+        mode: "sample", "explore" or "greedy".
         most_failures: failures of one environment without a good step in between, at which it is
             given up.
         together: let no environment go on while another one is made again, so that what happens

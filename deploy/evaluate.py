@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import tyro
@@ -39,8 +39,9 @@ class EvalOptions:
     """Episodes to play."""
     envs: int = 4
     """Environments that are stepped side by side."""
-    greedy: bool = False
-    """Take the most likely actions; without it they are sampled, as for DreamerV3's scores."""
+    mode: Literal["paper", "sample", "greedy"] = "paper"
+    """Sample actions or take the most likely ones; paper does what the agent's publication did:
+    DreamerV3 samples, the earlier agents are greedy."""
     video: bool = False
     """Also write the first episode as an animated GIF into videos/."""
     seed: int | None = None
@@ -130,7 +131,7 @@ def evaluate(options: EvalOptions) -> int:
         "checkpoint": found.path.name,
         "env_steps": facts["env_steps"],
         "updates": facts["update"],
-        "mode": "greedy" if options.greedy else "sample",
+        "mode": _mode(config, options),
         **statistics_of(episodes),
         "episodes": [asdict(episode) for episode in episodes],
     }
@@ -217,12 +218,16 @@ def _play_checkpoint(
             envs,
             options.episodes,
             seed=seed,
-            mode="greedy" if options.greedy else "sample",
+            mode=_mode(config, options),
             watch=_camera(frames) if options.video else None,
         )
     finally:
         for env in envs:
             env.close()
+
+
+def _mode(config: TrainConfig, options: EvalOptions) -> str:
+    return config.agent.evaluation if options.mode == "paper" else options.mode
 
 
 def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Player:

@@ -15,6 +15,7 @@ from dreamer.actor import ActionCodec
 from dreamer.batch import Batch
 from dreamer.config import AgentConfig
 from dreamer.decoder import Decoder
+from dreamer.encoder import Encoder
 from dreamer.presets import AGENTS
 from dreamer.rssm import RSSM, State
 from dreamer.spaces import ActionSpace, ObsSpace, record_column
@@ -55,7 +56,7 @@ class Optimiser(Protocol):
 class PolicyParts(NamedTuple):
     """What acting needs, and what is published."""
 
-    encoder: nn.Module
+    encoder: Encoder
     rssm: RSSM
     actor: nn.Module
 
@@ -77,7 +78,7 @@ class Agent(nn.Module):
     encoder, the RSSM and the actor are what acting needs; their tensors are published.
     """
 
-    encoder: nn.Module
+    encoder: Encoder
     rssm: RSSM
     actor: nn.Module
     decoder: Decoder | None

@@ -189,6 +189,50 @@ def lambda_return_next(
     return torch.stack(returns[::-1], 1)
 
 
+def sinkhorn(scores: Tensor, eps: float, iterations: int = 3) -> Tensor:
+    """Return soft assignments of samples to prototypes, equally many to each: (N, K) → (N, K).
+
+    Starts from the joint softmax of scores/eps, then alternates between equal mass per prototype
+    and per sample; every row sums to one at the end (SwAV; DreamerPro, arXiv:2110.14565, §3).
+    """
+    samples, prototypes = scores.shape
+    log_q = (scores / eps).float()
+    log_q = log_q - torch.logsumexp(log_q.flatten(), 0)
+    for _ in range(iterations):
+        log_q = log_q - torch.logsumexp(log_q, 0, keepdim=True) - math.log(prototypes)
+        log_q = log_q - torch.logsumexp(log_q, 1, keepdim=True) - math.log(samples)
+    return torch.exp(log_q + math.log(samples))
+
+
+def random_shift(images: Tensor, shift: Tensor) -> Tensor:
+    """Move every image by its own (dy, dx) pixels: (n, h, w, c) float, (n, 2) → (n, h, w, c).
+
+    Bilinear between pixels; the edge is repeated. A positive dx moves the picture to the right.
+    """
+    n, height, width, _ = images.shape
+    rows = torch.arange(height, device=images.device) - shift[:, :1]
+    columns = torch.arange(width, device=images.device) - shift[:, 1:]
+    y = rows[:, :, None].expand(n, height, width) * (2.0 / (height - 1)) - 1.0
+    x = columns[:, None, :].expand(n, height, width) * (2.0 / (width - 1)) - 1.0
+    grid = torch.stack([x, y], -1)
+    moved = F.grid_sample(
+        images.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=True
+    )
+    return moved.permute(0, 2, 3, 1)
+
+
+def weight_from_one(live: Tensor) -> Tensor:
+    """Return [1, d₀, d₀d₁, …], the weights of DreamerV1 and V2: (N, H) discounts → (N, H)."""
+    return torch.cumprod(torch.cat([torch.ones_like(live[:, :1]), live[:, :-1]], 1), 1)
+
+
+def squash(reward: Tensor, kind: str) -> Tensor:
+    """Return the reward that is learned: itself ("identity"), its "tanh" or its "sign"."""
+    if kind == "identity":
+        return reward
+    return torch.tanh(reward) if kind == "tanh" else torch.sign(reward)
+
+
 def cumulative_weight(live: Tensor, start: float) -> Tensor:
     """Return the running product of ``live`` over time divided by ``start``: (N, H) → (N, H)."""
     return torch.cumprod(live, 1) / start

@@ -116,6 +116,11 @@ class Adam(nn.Module):
             self.register_buffer(f"square_{i}", torch.zeros_like(param))
             self.register_buffer(f"momentum_{i}", torch.zeros_like(param))
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """What it moves, in the order of the gradients."""
+        return list(self._params)
+
     @torch.no_grad()
     def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
         """Apply one update in place and return metrics as 0-d tensors."""

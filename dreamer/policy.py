@@ -19,6 +19,7 @@ from dreamer.weights import PackedWeights, Version, WeightsError
 __all__ = ["Policy", "record_columns"]
 
 Arrays = dict[str, NDArray[Any]]
+MODES = ("sample", "explore", "greedy")
 
 
 class Policy(nn.Module):
@@ -70,14 +71,15 @@ class Policy(nn.Module):
         Args:
             obs: {key: (K, …)} in record types.
             is_first: (K,) bool; there the recurrent state and previous action start over.
-            mode: "sample" from the policy, or its "greedy" mode.
+            mode: "sample" from the policy, "explore" by a sample and what the paper's actors add to
+                it, or the policy's "greedy" mode.
 
         Returns:
             Actions {key: (K, …)} in record form, and the latent after seeing ``obs`` in record
             types, {} if the agent stores none.
         """
-        if mode not in ("sample", "greedy"):
-            raise ValueError(f"unknown acting mode {mode!r}; use 'sample' or 'greedy'")
+        if mode not in MODES:
+            raise ValueError(f"unknown acting mode {mode!r}; use one of {', '.join(MODES)}")
         count = len(is_first)
         if self._state is None or len(self._state[0]) != count:
             initial = self.rssm.initial(count)
@@ -109,7 +111,10 @@ class Policy(nn.Module):
         start = self.rssm.start()
         deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep, start)
         dist = self.actor(torch.cat([deter, stoch], -1))
-        action: Tensor = dist.sample() if mode == "sample" else dist.mode()
+        action: Tensor = dist.mode() if mode == "greedy" else dist.sample()
+        if mode == "explore":
+            extra = self.config.exploration
+            action = dist.explore(action, extra.noise, extra.epsilon)
         self._state = (deter, stoch, action)
         return action
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 from dreamer.config import AgentConfig, V3Config
+from dreamer.earlier import ProConfig, ProV3Config, V1Config, V2Config, V3Of2023Config
 
 Config = TypeVar("Config")
 Widths = Mapping[str, int]
@@ -55,7 +56,83 @@ def _v3_widths(size: str) -> Widths:
 
 V3_SIZES = {size: _v3_widths(size) for size in SIZES}
 
-AGENTS: dict[str, Known] = {"v3": Known("dreamer.v3:DreamerV3", V3Config(), V3_SIZES)}
+# (deter, hidden, stoch, depth, units) of DreamerV1, V2 and Pro: as published per domain; "tiny" and
+# "debug" are ours.
+EARLY_SIZES: dict[str, tuple[int, int, int, int, int]] = {
+    "debug": (16, 8, 4, 2, 8),
+    "tiny": (128, 128, 16, 8, 128),
+}
+EARLY_CLASSES = {"debug": 4, "tiny": 8}
+
+
+def _early_widths(size: str, categorical: bool) -> Widths:
+    deter, hidden, stoch, depth, units = EARLY_SIZES[size]
+    classes = EARLY_CLASSES[size] if categorical else 0
+    return (
+        {"world.deter": deter, "world.hidden": hidden, "world.stoch": stoch}
+        | {"world.classes": classes, "world.depth": depth, "heads.units": units}
+        | {"world.vector_units": units, "world.vector_layers": 2}
+    )
+
+
+def _widths_of_2023(deter: int, depth: int, units: int, layers: int) -> Widths:
+    heads = ("reward", "cont", "critic", "actor")
+    return {
+        "world.deter": deter,
+        "world.hidden": units,
+        "world.depth": depth,
+        "heads.units": units,
+    } | {f"heads.{head}_layers": layers for head in heads}
+
+
+V1_SIZES: dict[str, Widths] = {
+    **{size: _early_widths(size, categorical=False) for size in EARLY_SIZES},
+    "dmc": {},
+}
+V2_SIZES: dict[str, Widths] = {
+    **{size: _early_widths(size, categorical=True) for size in EARLY_SIZES},
+    "dmc": {"world.deter": 200, "world.hidden": 200},
+    "atari": {"world.deter": 600, "world.hidden": 600},
+    "full": {"world.deter": 1024, "world.hidden": 1024},
+}
+# The published sizes leave the MLPs of vectors as they are: five layers of 1024.
+SIZES_OF_2023: dict[str, Widths] = {
+    **{
+        size: {
+            **_widths_of_2023(deter, depth, units, 2),
+            "world.stoch": stoch,
+            "world.classes": EARLY_CLASSES[size],
+            "world.vector_units": units,
+            "world.vector_layers": 2,
+        }
+        for size, (deter, _, stoch, depth, units) in EARLY_SIZES.items()
+    },
+    "xs": _widths_of_2023(256, 24, 256, 1),
+    "s": _widths_of_2023(512, 32, 512, 2),
+    "m": _widths_of_2023(1024, 48, 640, 3),
+    "l": _widths_of_2023(2048, 64, 768, 4),
+    "xl": _widths_of_2023(4096, 96, 1024, 5),
+}
+
+# Fewer prototypes where the model is small.
+_FEWER_PROTOTYPES = {"debug": 16, "tiny": 256}
+PRO_SIZES: dict[str, Widths] = {
+    size: {**widths, "prototypes.count": _FEWER_PROTOTYPES.get(size, 2500)}
+    for size, widths in V1_SIZES.items()
+}
+PRO_V3_SIZES: dict[str, Widths] = {
+    size: {**widths, "prototypes.count": _FEWER_PROTOTYPES.get(size, 2500)}
+    for size, widths in V3_SIZES.items()
+}
+
+AGENTS: dict[str, Known] = {
+    "v1": Known("dreamer.v1:DreamerV1", V1Config(), V1_SIZES),
+    "v2": Known("dreamer.v2:DreamerV2", V2Config(), V2_SIZES),
+    "v3-2023": Known("dreamer.v3_2023:DreamerV3Of2023", V3Of2023Config(), SIZES_OF_2023),
+    "v3": Known("dreamer.v3:DreamerV3", V3Config(), V3_SIZES),
+    "pro": Known("dreamer.pro:DreamerPro", ProConfig(), PRO_SIZES),
+    "pro-v3": Known("dreamer.pro:DreamerProV3", ProV3Config(), PRO_V3_SIZES),
+}
 
 
 def sized(config: AgentConfig, size: str) -> AgentConfig:

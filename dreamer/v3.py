@@ -28,14 +28,15 @@ class DreamerV3(Agent):
     """World model, actor and critic under one optimiser; REINFORCE for every action type."""
 
     config: V3Config
-    decoder: Decoder
+    objective_names: tuple[str, ...] = ("rec",)
+    """Losses of the representation."""
 
     def __init__(self, config: V3Config, obs_space: ObsSpace, action_space: ActionSpace) -> None:
         super().__init__(config, obs_space, action_space)
         self.encoder, self.rssm, self.actor = self.policy_parts(config, obs_space, action_space)
         deter, stoch = config.rssm.deter, self.rssm.latent.size
         feature = deter + stoch
-        self.decoder = make_decoder(obs_space, config.decoder, deter, stoch)
+        self.build_objective(deter, stoch)
         self.reward = TwoHotHead(
             feature, config.reward.layers, config.reward.units, config.reward.outscale,
             config.reward.bins,
@@ -47,7 +48,7 @@ class DreamerV3(Agent):
             feature, config.critic.layers, config.critic.units, config.critic.outscale,
             config.critic.bins,
         )  # fmt: skip
-        trained = list(self.parameters())
+        trained = [param for param in self.parameters() if param.requires_grad]
         # A copy, made after initialisation: both critics start equal.
         self.slow_critic = frozen_copy(self.critic)
         rule = config.behaviour
@@ -69,6 +70,10 @@ class DreamerV3(Agent):
             agc_floor=optim.agc_floor,
         )
         self._trained = tuple(trained)
+
+    def build_objective(self, deter: int, stoch: int) -> None:
+        """Build what the representation learns from: the decoder."""
+        self.decoder = make_decoder(self.obs_space, self.config.decoder, deter, stoch)
 
     @staticmethod
     def policy_parts(
@@ -107,12 +112,8 @@ class DreamerV3(Agent):
 
     def model_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
         """Return Eq. 2–4: reconstruction, reward, continuation, dynamics and representation."""
-        states, latent = rollout.states, self.rssm.latent
-        feature = states.feature()
-        # Reconstruction of every key, each a loss of its own under one scale.
-        predicted = self.decoder(states.deter, states.stoch.flatten(2))
-        keys = self.decoder.losses(predicted, batch.obs)
-        losses = {"rec": torch.stack(list(keys.values())).sum(0)}
+        latent, feature = self.rssm.latent, rollout.states.feature()
+        losses, metrics = self.representation_losses(batch, rollout)
         # The discount is inside the continuation: its target is γ or 0.
         losses["rew"] = self.reward(feature).loss(batch.reward)
         losses["con"] = self.cont(feature).loss(self.discount * (~batch.is_terminal).float())
@@ -120,13 +121,18 @@ class DreamerV3(Agent):
         rep = latent.kl(rollout.post, rollout.prior.detach())
         losses["dyn"] = ops.free_nats_per_element(dyn, self.config.free_nats)
         losses["rep"] = ops.free_nats_per_element(rep, self.config.free_nats)
-        for name, value in losses.items():
-            assert value.shape == batch.reward.shape, (name, value.shape)
-        metrics = {f"loss/rec_{key}": value.detach().mean() for key, value in keys.items()}
         metrics["kl_nats/dyn"] = dyn.detach().mean()
         metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
         metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
         return losses, metrics
+
+    def representation_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
+        """Return the reconstruction of every key, each in its metrics, under one scale."""
+        assert self.decoder is not None
+        predicted = self.decoder(rollout.states.deter, rollout.states.stoch.flatten(2))
+        keys = self.decoder.losses(predicted, batch.obs)
+        metrics = {f"loss/rec_{key}": value.detach().mean() for key, value in keys.items()}
+        return {"rec": torch.stack(list(keys.values())).sum(0)}, metrics
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
@@ -192,7 +198,7 @@ class DreamerV3(Agent):
 
     def groups(self) -> list[Group]:
         """Return one group: every loss moves every part that its gradient reaches."""
-        names = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
+        names = (*self.objective_names, "rew", "con", "dyn", "rep", "policy", "value", "repval")
         return [Group("", names, list(self._trained), self.optimiser)]
 
     def update_slow(self) -> None:

@@ -123,7 +123,7 @@ def test_checkpoint_is_played_scored_and_filmed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path, preset("v3-cartpole", "debug"), update=7)
-    line = f"eval {tmp_path} --episodes 3 --envs 2 --video --greedy"
+    line = f"eval {tmp_path} --episodes 3 --envs 2 --video --mode greedy"
     assert main(line.split()) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     assert (result["updates"], result["env_steps"], result["mode"]) == (7, 70, "greedy")

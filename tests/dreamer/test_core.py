@@ -1,7 +1,9 @@
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dreamer.core import BlockGRU
+from dreamer.core import BlockGRU, KerasGRU, LayerNormGRU
+from dreamer.nets import PLAIN_ELU
 from tests.dreamer.cases import close, golden
 
 
@@ -93,3 +95,44 @@ def test_block_kernel_is_initialised_with_the_width_of_all_blocks_as_fan_in() ->
     for weight in (core.hidden_deter, core.hidden_state, core.hidden_action):
         close(weight.weight.var(), 1 / fan_in, rtol=0.05)
     close(core.gates.weight.var(), 1 / 256, rtol=0.05)
+
+
+def test_keras_gru_equals_its_equations() -> None:
+    torch.manual_seed(0)
+    core = KerasGRU(deter=5, stoch=3, action=2, hidden=4)
+    h, z, a = torch.randn(6, 5), torch.randn(6, 3), torch.randn(6, 2)
+    ours = core(h, z, core.project_action(a))
+    linear = core.input.dense.linear
+    x = F.elu(torch.cat([z, a], -1) @ linear.weight.T + linear.bias)
+    into = (x @ core.cell.weight_ih.T + core.cell.bias_ih).chunk(3, -1)
+    back = (h @ core.cell.weight_hh.T + core.cell.bias_hh).chunk(3, -1)
+    reset, keep = torch.sigmoid(into[0] + back[0]), torch.sigmoid(into[1] + back[1])
+    cand = torch.tanh(into[2] + reset * back[2])
+    close(ours, keep * h + (1 - keep) * cand, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_norm_gru_equals_its_equations() -> None:
+    torch.manual_seed(0)
+    core = LayerNormGRU(deter=5, stoch=3, action=2, hidden=4, style=PLAIN_ELU)
+    h, z, a = torch.randn(6, 5), torch.randn(6, 3), torch.randn(6, 2)
+    ours = core(h, z, core.project_action(a))
+    linear = core.input.dense.linear
+    x = F.elu(torch.cat([z, a], -1) @ linear.weight.T + linear.bias)
+    gates = torch.cat([x, h], -1) @ core.gates.weight.T + core.gates.bias
+    gates = (gates - gates.mean(-1, keepdim=True)) / torch.sqrt(
+        gates.var(-1, unbiased=False, keepdim=True) + 1e-3
+    )
+    reset, cand, update = gates.chunk(3, -1)
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    update = torch.sigmoid(update - 1)
+    close(ours, update * cand + (1 - update) * h, rtol=1e-5, atol=1e-6)
+
+
+def test_only_later_agents_scale_large_actions_down() -> None:
+    torch.manual_seed(0)
+    plain = LayerNormGRU(deter=5, stoch=3, action=2, hidden=4, style=PLAIN_ELU)
+    unit = LayerNormGRU(deter=5, stoch=3, action=2, hidden=4, style=PLAIN_ELU, unit_action=True)
+    unit.load_state_dict(plain.state_dict())
+    action = torch.tensor([[4.0, -0.5]])
+    close(unit.project_action(action), plain.project_action(torch.tensor([[1.0, -0.5]])))
+    assert not torch.allclose(unit.project_action(action), plain.project_action(action))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dreamer.latent import OneHotLatent
+from dreamer.latent import GaussianLatent, OneHotLatent, sigmoid2_std, softplus_std
 from tests.dreamer.cases import close, golden
 
 
@@ -66,3 +66,49 @@ def test_records_hold_one_byte_per_group_and_come_back_exactly() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_probabilities_are_float32_whatever_the_logits_are(dtype: torch.dtype) -> None:
     assert OneHotLatent(2, 4, 0.01).log_probs(torch.randn(3, 8, dtype=dtype)).dtype == torch.float32
+
+
+def test_gaussian_latents_match_the_golden_kl() -> None:
+    given, want = golden("kl_gaussian")
+    latent = GaussianLatent(2, lambda raw: raw)
+    post = torch.tensor(given["post_mean"] + given["post_std"])
+    prior = torch.tensor(given["prior_mean"] + given["prior_std"])
+    close(latent.kl(post, prior), want["kl_sum"])
+
+
+def test_deviations_of_latents_match_the_golden_parametrisations() -> None:
+    _, want = golden("std_parametrisations")
+    close(softplus_std(torch.zeros(1)), [want["v1_rssm_softplus+0.1@0"]])
+    raw = torch.tensor([0.0, 1.5])
+    close(
+        sigmoid2_std(raw),
+        [want["v2_rssm_sigmoid2+0.1@0"], want["v2_rssm_sigmoid2+0.1@1.5"]],
+    )
+
+
+def test_gaussian_samples_have_the_moments_and_carry_their_gradient() -> None:
+    torch.manual_seed(0)
+    stats = torch.tensor([2.0, -1.0, 0.0, 1.0], requires_grad=True)
+    latent = GaussianLatent(2, softplus_std)
+    draws = latent.sample(stats.expand(20_000, 4))
+    mean, std = latent.moments(stats)
+    close(draws.mean(0), mean, rtol=0.0, atol=0.05)
+    close(draws.std(0), std, rtol=0.03)
+    assert torch.equal(latent.mode(stats), mean)
+    (grad,) = torch.autograd.grad(draws.sum(), stats)
+    close(grad[:2], [20_000.0, 20_000.0])
+
+
+def test_gaussian_samples_are_stored_as_they_are() -> None:
+    latent = GaussianLatent(3, softplus_std)
+    assert latent.record_spec() == ("float32", (3,))
+    sample = torch.randn(2, 3)
+    assert torch.equal(latent.from_record(latent.to_record(sample)), sample)
+
+
+def test_the_mode_of_a_categorical_latent_is_its_likeliest_class_with_gradient() -> None:
+    stats = torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0, -1.0]], requires_grad=True)
+    mode = OneHotLatent(2, 3, 0.01).mode(stats)
+    close(mode, [[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], atol=1e-7)
+    (grad,) = torch.autograd.grad(mode[0, 0, 1], stats)
+    assert grad[0, 1] > 0

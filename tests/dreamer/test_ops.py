@@ -341,3 +341,44 @@ def test_the_discount_of_horizon_333_is_the_golden_one() -> None:
     given, want = golden("discount_values")
     assert 1 - 1 / given["horizon"] == pytest.approx(want["v3_gamma"], rel=1e-12)
     assert math.isclose(want["v3_gamma"], 0.996996996996997)
+
+
+def test_samples_are_one_hot_whatever_the_rounding() -> None:
+    torch.manual_seed(0)
+    probs = torch.rand(20_000, 64) ** 20
+    draws = ops.sample_onehot(probs / probs.sum(-1, keepdim=True))
+    assert torch.equal(draws.sum(-1), torch.ones(20_000))
+    assert ((draws == 0) | (draws == 1)).all()
+
+
+@pytest.mark.parametrize("key", ["sinkhorn_eps0.05", "sinkhorn_eps0.5"])
+def test_sinkhorn_matches_the_golden_assignment(key: str) -> None:
+    given, want = golden(key)
+    # There the rows are prototypes; here they are samples.
+    found = ops.sinkhorn(tensor(given["scores"]).T, given["eps"], given["iters"])
+    close(found, tensor(want["Q"]).T, rtol=1e-4, atol=1e-7)
+    close(found.sum(-1), want["column_sums"], rtol=1e-5)
+
+
+def test_random_shift_matches_the_golden_rows() -> None:
+    given, want = golden("random_shift_bilinear_1d")
+    image = torch.tensor(given["row"]).reshape(1, 1, 4, 1).expand(1, 3, 4, 1)
+    for dx in (0.5, -1.25):
+        moved = ops.random_shift(image, torch.tensor([[0.0, dx]]))
+        close(moved[0, 1, :, 0], want[f"dx_{dx}"], rtol=1e-5, atol=1e-5)
+        turned = ops.random_shift(image.transpose(1, 2), torch.tensor([[dx, 0.0]]))
+        close(turned[0, :, 1, 0], want[f"dx_{dx}"], rtol=1e-5, atol=1e-5)
+
+
+def test_weights_of_early_agents_match_the_golden_ones() -> None:
+    given, want = golden("actor_loss_v1")
+    weight = ops.weight_from_one(tensor([given["discount"]]))[:, :-1]
+    close(weight, [want["weights"]])
+    close(-(weight * tensor([given["target"]])).mean(), want["loss"])
+
+
+def test_rewards_are_squashed_as_asked() -> None:
+    reward = torch.tensor([-3.0, 0.0, 0.5])
+    assert torch.equal(ops.squash(reward, "identity"), reward)
+    close(ops.squash(reward, "tanh"), torch.tanh(reward))
+    close(ops.squash(reward, "sign"), [-1.0, 0.0, 1.0])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer.optim import LaProp
+from dreamer.optim import Adam, LaProp
 from tests.dreamer.cases import close, golden
 
 DEFAULTS: dict[str, Any] = {
@@ -141,3 +141,57 @@ def test_a_restored_optimiser_goes_on_exactly() -> None:
         after.step(grad)
     for left, right in zip(straight, second, strict=True):
         assert torch.equal(left, right)
+
+
+def adam(start: list[float], **changes: Any) -> tuple[nn.Parameter, Adam]:
+    param = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+    return param, Adam([param], **({"lr": 0.1, "eps": 1e-8, "clip": 100.0} | changes))
+
+
+def test_adam_matches_the_golden_steps() -> None:
+    given, want = golden("adam_3steps")
+    param, optimiser = adam([given["p0"]], lr=given["lr"], hat=False)
+    found = []
+    for grad in given["grads"]:
+        optimiser.step([torch.tensor([grad], dtype=torch.float64)])
+        found.append(param.item())
+    close(torch.tensor(found), want["adam_eps1e-8"])
+
+
+@pytest.mark.parametrize(
+    ("hat", "key"), [(True, "keras_eps_hat_1e-5"), (False, "pytorch_eps_1e-5")]
+)
+def test_adam_adds_epsilon_where_the_paper_does(hat: bool, key: str) -> None:
+    given, want = golden("adam_keras_vs_pytorch_eps")
+    param, optimiser = adam([given["p0"]], lr=given["lr"], eps=1e-5, hat=hat)
+    found = []
+    for grad in given["grads"]:
+        optimiser.step([torch.tensor([grad], dtype=torch.float64)])
+        found.append(param.item())
+    close(torch.tensor(found), want[key])
+
+
+def test_adam_clips_by_the_norm_over_all_tensors() -> None:
+    given, want = golden("global_norm_clip")
+    params = [nn.Parameter(torch.zeros(len(grad))) for grad in given["grads"]]
+    optimiser = Adam(params, lr=0.1, eps=1e-8, clip=given["clip"])
+    metrics = optimiser.step([torch.tensor(grad) for grad in given["grads"]])
+    close(metrics["grad_norm"], want["norm"])
+    assert metrics["grad_clip_fraction"] == 1.0
+    for i, clipped in enumerate(want["clipped"]):
+        # The first momentum is a tenth of the clipped gradient.
+        close(getattr(optimiser, f"momentum_{i}"), 0.1 * torch.tensor(clipped))
+
+
+def test_decay_shrinks_every_parameter_whatever_the_rate() -> None:
+    param, optimiser = adam([2.0], lr=0.0, decay=0.01)
+    optimiser.step([torch.ones(1, dtype=torch.float64)])
+    close(param, [1.98])
+
+
+def test_gradients_inside_the_limit_are_left_as_they_are() -> None:
+    param, optimiser = adam([0.0])
+    metrics = optimiser.step([torch.tensor([3.0], dtype=torch.float64)])
+    assert metrics["grad_clip_fraction"] == 0.0
+    close(optimiser.momentum_0, [0.3])
+    close(param, [-0.1], rtol=1e-5)

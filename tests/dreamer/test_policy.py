@@ -151,7 +151,9 @@ def test_greedy_actions_are_the_mode_of_the_actor() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown acting mode 'best'; use 'sample' or 'greedy'"):
+    with pytest.raises(
+        ValueError, match="unknown acting mode 'best'; use one of sample, explore, greedy"
+    ):
         make_policy().step(random_obs(VECTOR, (1,)), first(1), mode="best")
 
 

@@ -90,7 +90,7 @@ def test_parameter_counts_on_vectors_match_those_of_the_official_code() -> None:
 
 
 def test_every_golden_parameter_count_is_tested() -> None:
-    counted = {name.split("_")[2] for name in GOLDEN if name.startswith("param_count")}
+    counted = {name.split("_")[2] for name in GOLDEN if name.startswith("param_count_size")}
     assert counted == {f"size{size}" for size in COUNTED}
 
 

@@ -1,0 +1,414 @@
+"""DreamerV1, V2, V3 of 2023 and Pro: counts, routing of gradients, losses written out plainly."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
+from dreamer.batch import Batch
+from dreamer.policy import Policy
+from dreamer.presets import AGENTS, agent_config, with_fields
+from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace
+from dreamer.weights import pack
+from tests.dreamer.cases import ACTIONS, PUSH, TURN, VECTOR, close, golden, random_obs
+
+EARLIER = [name for name in AGENTS if name != "v3"]
+PIXELS: ObsSpace = {"image": ImageSpec(shape=(64, 64, 3))}
+MODEL = {"encoder", "rssm", "decoder", "reward", "cont", "prototypes"}
+
+
+def build(name: str, obs: ObsSpace = VECTOR, actions: ActionSpace = TURN, **values: Any) -> Agent:
+    torch.manual_seed(0)
+    return make_agent(with_fields(agent_config(name, "debug"), values), obs, actions)
+
+
+def batch_of(agent: Agent, size: int = 2, length: int = 6, seed: int = 0) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    arrays = random_obs(agent.obs_space, (size, length), seed)
+    first, last, terminal = torch.zeros(3, size, length, dtype=torch.bool)
+    first[:, 0] = first[0, 3] = last[0, 2] = terminal[0, 2] = True
+    return Batch(
+        obs={key: torch.from_numpy(value) for key, value in arrays.items()},
+        prev_action=torch.rand(size, length, agent.codec.size, generator=draw),
+        reward=torch.randn(size, length, generator=draw),
+        is_first=first,
+        is_last=last,
+        is_terminal=terminal,
+        initial=agent.rssm.initial(size),
+    )
+
+
+def losses_of(agent: Agent, batch: Batch) -> tuple[Losses, Rollout, Trajectory]:
+    torch.manual_seed(1)
+    rollout = agent.observe(batch)
+    losses, _ = agent.model_losses(batch, rollout)
+    trajectory = agent.imagine(rollout)
+    return losses | agent.behaviour_losses(batch, rollout, trajectory)[0], rollout, trajectory
+
+
+def moved_by(agent: Agent, loss: Tensor) -> set[str]:
+    """Return the parts that the loss has a gradient for."""
+    names = [name for name, param in agent.named_parameters() if param.requires_grad]
+    params = [param for param in agent.parameters() if param.requires_grad]
+    grads = torch.autograd.grad(loss.mean(), params, allow_unused=True, retain_graph=True)
+    pairs = zip(names, grads, strict=True)
+    return {name.split(".")[0] for name, grad in pairs if grad is not None and grad.any()}
+
+
+def count(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "channels", "actions"),
+    [
+        ("param_count_v2_dmc_A6_rgb", "dmc", 3, BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)),
+        ("param_count_v2_atari_A18_gray", "atari", 1, DiscreteAction(classes=18)),
+    ],
+)
+def test_parameter_counts_of_v2_match_the_tables(
+    key: str, size: str, channels: int, actions: Any
+) -> None:
+    _, want = golden(key)
+    with torch.device("meta"):
+        obs: ObsSpace = {"image": ImageSpec(shape=(64, 64, channels))}
+        agent: Any = make_agent(agent_config("v2", size), obs, {"action": actions})
+    parts = {"enc": "encoder", "rssm": "rssm", "dec": "decoder", "reward": "reward"}
+    parts |= {"critic": "critic", "actor": "actor"}
+    parts |= {"discount": "cont"} if "discount" in want else {}
+    found = {short: count(getattr(agent, part)) for short, part in parts.items()}
+    assert found == {short: want[short] for short in parts}
+
+
+def test_parameter_counts_of_v1_follow_from_its_layers() -> None:
+    agent: Any = build_published("v1")
+    convs = sum((a * 16 + 1) * b for a, b in [(3, 32), (32, 64), (64, 128), (128, 256)])
+    assert count(agent.encoder) == convs
+    dense = (36 + 1) * 200 + 3 * 200 * (200 + 200) + 6 * 200
+    prior = (200 + 1) * 200 + (200 + 1) * 60
+    posterior = (200 + 1024 + 1) * 200 + (200 + 1) * 60
+    assert count(agent.rssm) == dense + prior + posterior
+    hidden = (230 + 1) * 400
+    assert count(agent.reward) == hidden + 401 * 400 + 401
+    assert count(agent.critic) == hidden + 2 * 401 * 400 + 401
+    assert count(agent.actor) == hidden + 3 * 401 * 400 + 401 * 12
+
+
+def build_published(name: str) -> Agent:
+    with torch.device("meta"):
+        actions: ActionSpace = {"action": BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)}
+        return make_agent(agent_config(name, "dmc"), PIXELS, actions)
+
+
+@pytest.mark.parametrize("name", EARLIER)
+@pytest.mark.parametrize("actions", [TURN, PUSH, ACTIONS], ids=["discrete", "box", "mixed"])
+def test_every_agent_trains_on_vectors_with_any_action(name: str, actions: ActionSpace) -> None:
+    agent = build(name, VECTOR, actions)
+    for _ in range(2):
+        metrics, _ = agent.update(batch_of(agent))
+    assert all(torch.isfinite(value) and value.dim() == 0 for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_every_agent_trains_on_pixels_and_shows_pictures(name: str) -> None:
+    agent = build(name, PIXELS, TURN)
+    batch = batch_of(agent)
+    metrics, _ = agent.update(batch)
+    assert all(torch.isfinite(value) for value in metrics.values())
+    (pictures,) = agent.open_loop(batch, context=2).values()
+    assert pictures[0].shape == pictures[1].shape == (2, 6, 64, 64, 3)
+
+
+@pytest.mark.parametrize("name", EARLIER)
+@pytest.mark.parametrize("size", ["reward", "vector"])
+def test_updates_stay_finite_under_extreme_data(name: str, size: str) -> None:
+    agent = build(name)
+    batch = batch_of(agent)
+    huge = torch.tensor([1e8, -1e8, 1e-8, 0.0, 1.0, -1.0])
+    if size == "reward":
+        batch = batch._replace(reward=huge.expand(2, 6))
+    elif name in ("v1", "v2", "pro"):
+        # These read vectors as they are, so that squares of 1e8 are what the losses have to bear.
+        batch = batch._replace(obs={"vector": huge[None, :, None].expand(2, 6, 3)})
+    else:
+        batch = batch._replace(obs={"vector": 1e30 * huge[None, :, None].expand(2, 6, 3)})
+    metrics, _ = agent.update(batch)
+    assert all(torch.isfinite(value) for value in metrics.values())
+    assert all(torch.isfinite(param).all() for param in agent.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in EARLIER if name != "pro-v3"])
+@pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
+def test_each_optimiser_moves_its_own_parts(name: str, actions: ActionSpace) -> None:
+    agent = build(name, VECTOR, actions)
+    by_name = {group.name: group for group in agent.groups()}
+    assert set(by_name) == {"model", "actor", "critic"}
+    owners = {id(p): part.split(".")[0] for part, p in agent.named_parameters()}
+    assert {owners[id(p)] for p in by_name["actor"].params} == {"actor"}
+    assert {owners[id(p)] for p in by_name["critic"].params} == {"critic"}
+    model = {owners[id(p)] for p in by_name["model"].params}
+    assert {"encoder", "rssm", "reward"} <= model <= MODEL
+    trained = [param for param in agent.parameters() if param.requires_grad]
+    assert len(trained) == sum(len(group.params) for group in by_name.values())
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3-2023", "pro"])
+@pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
+def test_gradients_reach_what_the_paper_says(name: str, actions: ActionSpace) -> None:
+    agent = build(name, VECTOR, actions)
+    for module in (agent.reward, agent.critic):  # type: ignore[union-attr]
+        nn.init.normal_(module.out.weight, std=0.3)  # type: ignore[union-attr, arg-type]
+    losses, _, _ = losses_of(agent, batch_of(agent))
+    assert moved_by(agent, losses["value"]) == {"critic"}
+    policy = moved_by(agent, losses["policy"])
+    if agent.differentiable:
+        # The gradient comes through dynamics and heads; only the actor's own is used.
+        assert {"actor", "rssm", "reward"} <= policy and "encoder" not in policy
+    else:
+        assert policy == {"actor"}
+    assert moved_by(agent, losses["rew"]) == {"encoder", "rssm", "reward"}
+
+
+@pytest.mark.parametrize("name", ["v2", "v3-2023", "pro", "pro-v3"])
+def test_dyn_trains_the_prior_and_rep_the_posterior(name: str) -> None:
+    agent = build(name, VECTOR, TURN, free_nats=0.0)
+    batch = batch_of(agent)
+    rollout = agent.observe(batch)
+    losses, _ = agent.model_losses(batch, rollout)
+    latent = agent.rssm.latent
+    close(losses["dyn"].mean(), latent.kl(rollout.post, rollout.prior).mean(), rtol=1e-5)
+
+    def gradient(loss: str, of: Tensor) -> Tensor | None:
+        first = losses[loss].reshape(-1)[0]
+        return torch.autograd.grad(first, of, retain_graph=True, allow_unused=True)[0]
+
+    assert gradient("rep", rollout.prior) is None
+    posterior, prior = gradient("rep", rollout.post), gradient("dyn", rollout.prior)
+    assert posterior is not None and posterior.any()
+    assert prior is not None and prior.any()
+
+
+def test_one_kl_trains_both_in_v1_and_stops_below_its_free_nats() -> None:
+    agent = build("v1", free_nats=0.0)
+    losses, rollout, _ = losses_of(agent, batch_of(agent))
+    for stats in (rollout.prior, rollout.post):
+        (grad,) = torch.autograd.grad(losses["kl"], stats, retain_graph=True)
+        assert grad.any()
+    agent = build("v1", free_nats=1000.0)
+    losses, rollout, _ = losses_of(agent, batch_of(agent))
+    assert losses["kl"] == 1000.0
+    (grad,) = torch.autograd.grad(losses["kl"], rollout.post)
+    assert not grad.any()
+
+
+def plain_returns(reward: Any, value: Any, discount: Any, lam: float) -> Any:
+    """Form A by its definition, one trajectory and one step at a time."""
+    count, steps = reward.shape
+    out = np.zeros((count, steps - 1))
+    for i in range(count):
+        ret = value[i, -1]
+        for t in reversed(range(steps - 1)):
+            mixed = (1 - lam) * value[i, t + 1] + lam * ret
+            ret = reward[i, t] + discount[i, t] * mixed
+            out[i, t] = ret
+    return out
+
+
+def plain_weights(discount: Any) -> Any:
+    out = np.ones_like(discount)
+    for t in range(1, discount.shape[1]):
+        out[:, t] = out[:, t - 1] * discount[:, t - 1]
+    return out
+
+
+def numbers(x: Tensor) -> Any:
+    return x.detach().double().numpy()
+
+
+def unit_normal(target: Any, mean: Any) -> Any:
+    return 0.5 * (target - mean) ** 2 + 0.5 * np.log(2 * np.pi)
+
+
+@pytest.mark.parametrize("cont", [False, True])
+def test_behaviour_of_v1_equals_its_equations_written_out(cont: bool) -> None:
+    agent: Any = build("v1", VECTOR, PUSH, cont=cont)
+    losses, _, trajectory = losses_of(agent, batch_of(agent))
+    feature = trajectory.feature[:, 1:]
+    assert trajectory.feature.shape[0] == (10 if cont else 12)  # the last start is left out
+    reward, value = (numbers(head(feature).mean()) for head in (agent.reward, agent.critic))
+    live = numbers(agent.cont(feature).mean()) if cont else np.full_like(reward, 0.99)
+    returns = plain_returns(reward, value, live, 0.95)
+    weight = plain_weights(live)[:, :-1]
+    assert returns.shape[1] == 14
+    close(losses["policy"].mean(), -(weight * returns).mean(), rtol=1e-4)
+    close(losses["value"], weight * unit_normal(returns, value[:, :-1]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["reinforce", "dynamics", "both"])
+def test_behaviour_of_v2_equals_its_equations_written_out(gradient: str) -> None:
+    values = {"imagination.gradient": gradient, "imagination.entropy": 0.1}
+    agent: Any = build("v2", VECTOR, TURN, **values)
+    nn.init.normal_(agent.slow_critic.out.weight)
+    batch = batch_of(agent)
+    losses, _, trajectory = losses_of(agent, batch)
+    feature = trajectory.feature
+    reward, slow, value = (
+        numbers(head(feature).mean()) for head in (agent.reward, agent.slow_critic, agent.critic)
+    )
+    live = numbers(agent.cont(feature).mean())
+    live[:, 0] = 0.99 * (1 - batch.is_terminal.flatten().numpy())
+    returns = plain_returns(reward, slow, live, 0.95)
+    weight = plain_weights(live)
+    assert returns.shape[1] == 15
+    close(
+        losses["value"], weight[:, :15] * unit_normal(returns, value[:, :15]), rtol=1e-4, atol=1e-6
+    )
+    policy = agent.actor(feature[:, :14])
+    log_prob = numbers(policy.log_prob(trajectory.actions[:, :14]))
+    score = log_prob * (returns[:, 1:] - slow[:, :14])
+    mix = {"reinforce": 0.0, "dynamics": 1.0, "both": 0.1}[gradient]
+    gain = mix * returns[:, 1:] + (1 - mix) * score + 0.1 * numbers(policy.entropy())
+    close(losses["policy"], -weight[:, :14] * gain, rtol=1e-4, atol=1e-6)
+
+
+def test_an_episode_that_ended_teaches_v2_nothing_after_its_end() -> None:
+    agent: Any = build("v2")
+    losses, _, _ = losses_of(agent, batch_of(agent))
+    ended = 2  # the record that is terminal in `batch_of`
+    assert losses["value"][ended, 0] != 0 and not losses["value"][ended, 1:].any()
+
+
+@pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
+def test_behaviour_of_v3_of_2023_equals_its_equations_written_out(actions: ActionSpace) -> None:
+    agent: Any = build("v3-2023", VECTOR, actions)
+    for head in (agent.reward, agent.critic, agent.slow_critic):
+        nn.init.normal_(head.out.weight)
+    batch = batch_of(agent)
+    losses, _, trajectory = losses_of(agent, batch)
+    feature = trajectory.feature
+    reward, value, slow = (
+        numbers(head(feature).mean()) for head in (agent.reward, agent.critic, agent.slow_critic)
+    )
+    live = (numbers(agent.cont(feature).mean()) > 0.5).astype(float)
+    live[:, 0] = 1 - batch.is_terminal.flatten().numpy()
+    live = live * (1 - 1 / 333)
+    returns = np.zeros((len(live), 15))
+    for i in range(len(live)):
+        ret = value[i, -1]
+        for t in reversed(range(15)):
+            mixed = 0.05 * value[i, t + 1] + 0.95 * ret
+            ret = reward[i, t + 1] + live[i, t + 1] * mixed
+            returns[i, t] = ret
+    weight = np.cumprod(live, 1)[:, :15] / (1 - 1 / 333)
+    low, high = np.percentile(returns, [5, 95])
+    scale = max(1.0, 0.01 * (high - low))
+    advantage = (returns - value[:, :15]) / scale
+    policy = agent.actor(feature[:, :15])
+    log_prob = numbers(policy.log_prob(trajectory.actions[:, :15]))
+    gain = advantage if agent.differentiable else log_prob * advantage
+    want = -weight * (gain + 3e-4 * numbers(policy.entropy()))
+    close(losses["policy"], want, rtol=1e-3, atol=1e-4)
+    critic = agent.critic(feature[:, :15])
+    cross = numbers(critic.loss(torch.tensor(returns).float()))
+    cross += numbers(critic.loss(torch.tensor(slow[:, :15]).float()))
+    close(losses["value"], weight * cross, rtol=1e-3, atol=1e-4)
+
+
+def test_behaviour_of_pro_equals_its_equations_written_out() -> None:
+    agent: Any = build("pro", VECTOR, TURN, **{"imagination.entropy": 0.1})
+    nn.init.normal_(agent.slow_critic.out.weight)
+    losses, _, trajectory = losses_of(agent, batch_of(agent))
+    feature = trajectory.feature
+    assert feature.shape[1] == 15  # the replayed state counts
+    reward, slow, value = (
+        numbers(head(feature).mean()) for head in (agent.reward, agent.slow_critic, agent.critic)
+    )
+    live = np.full_like(reward, 0.99)
+    returns, weight = plain_returns(reward, slow, live, 0.95), plain_weights(live)[:, :14]
+    policy = agent.actor(feature[:, :14])
+    score = numbers(policy.log_prob(trajectory.actions[:, :14])) * (returns - value[:, :14])
+    close(
+        losses["policy"], -weight * (score + 0.1 * numbers(policy.entropy())), rtol=1e-4, atol=1e-6
+    )
+    close(losses["value"], weight * unit_normal(returns, value[:, :14]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_model_losses_of_early_agents_are_unit_normals(name: str) -> None:
+    agent: Any = build(name, PIXELS | VECTOR, TURN, cont=True, free_nats=0.0)
+    batch = batch_of(agent)
+    losses, rollout, _ = losses_of(agent, batch)
+    feature = rollout.states.feature()
+    predicted = agent.decoder(rollout.states.deter, rollout.states.stoch.flatten(2))
+    image = batch.obs["image"].double().numpy() / 255 - 0.5
+    want = unit_normal(image, numbers(predicted["image"])).sum((2, 3, 4))
+    want += unit_normal(batch.obs["vector"].double().numpy(), numbers(predicted["vector"])).sum(-1)
+    close(losses["rec"], want, rtol=1e-5)
+    reward = batch.reward.double().numpy()
+    squashed = np.tanh(reward) if name == "v2" else reward
+    close(losses["rew"], unit_normal(squashed, numbers(agent.reward(feature).mean())), rtol=1e-4)
+    p = numbers(agent.cont(feature).mean())
+    target = 0.99 * (1 - batch.is_terminal.double().numpy())
+    close(losses["con"], -target * np.log(p) - (1 - target) * np.log(1 - p), rtol=1e-4)
+
+
+def test_v2_copies_its_critic_at_once_and_then_after_every_hundred_updates() -> None:
+    agent: Any = build("v2", slow_every=3)
+    same = []
+    for _ in range(7):
+        with torch.no_grad():
+            agent.critic.out.bias += 1.0
+        agent.update_slow()
+        same.append(torch.equal(agent.critic.out.bias, agent.slow_critic.out.bias))
+    assert same == [True, False, False, True, False, False, True]
+
+
+def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
+    agent: Any = build("v3-2023")
+    batch = batch_of(agent)
+    with torch.no_grad():
+        agent.rssm.first_deter.fill_(0.7)
+    start = agent.rssm.start()
+    close(start[0], torch.full((16,), 0.7).tanh())
+    rollout = agent.observe(batch)
+    (grad,) = torch.autograd.grad(rollout.states.deter[:, 0].sum(), agent.rssm.first_deter)
+    assert grad.any()
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_the_policy_alone_acts_from_published_weights(name: str) -> None:
+    agent = build(name)
+    assert set(agent.policy_tensors()) <= set(agent.state_dict())
+    policy = Policy(agent.config, VECTOR, TURN)
+    policy.load(pack(agent.policy_tensors(), (0, 1)))
+    obs = random_obs(VECTOR, (3,))
+    for mode in ("explore", "sample", "greedy"):
+        actions, latents = policy.step(obs, np.ones(3, bool), mode=mode)
+        assert actions["action"].shape == (3,)
+        assert set(latents) == ({"deter", "stoch"} if agent.config.context else set())
+
+
+def test_actors_of_v1_explore_and_its_evaluation_does_not() -> None:
+    agent = build("v1", VECTOR, PUSH)
+    policy = Policy(agent.config, VECTOR, PUSH, seed=0)
+    policy.load(pack(agent.policy_tensors(), (0, 1)))
+    assert agent.config.evaluation == "greedy"
+    obs, first = random_obs(VECTOR, (400,)), np.ones(400, bool)
+    obs = {key: np.zeros_like(value) for key, value in obs.items()}
+    with torch.no_grad():
+        policy.actor.out.weight.zero_()  # type: ignore[union-attr, operator]
+        policy.actor.out.bias[1] = -30.0  # type: ignore[union-attr, index]
+    still, _ = policy.step(obs, first, mode="sample")
+    moved, _ = policy.step(obs, first, mode="explore")
+    assert still["action"].std() < 0.01
+    assert 0.25 < moved["action"].std() < 0.35
+
+
+def test_options_of_another_agent_are_refused() -> None:
+    config = replace(agent_config("v2", "debug"), name="v3")
+    with pytest.raises(ValueError, match="agent 'v3' takes the options of V3Config, got V2Config"):
+        make_agent(config, VECTOR, TURN)

@@ -1,0 +1,156 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer import ops
+from dreamer.agent import make_agent
+from dreamer.presets import agent_config, with_fields
+from dreamer.spaces import ImageSpec, ObsSpace
+from tests.dreamer.cases import TURN, VECTOR, close, golden
+from tests.dreamer.test_earlier import batch_of
+
+PIXELS: ObsSpace = {"image": ImageSpec(shape=(64, 64, 3)), **VECTOR}
+
+
+def build(name: str = "pro", obs: ObsSpace = VECTOR, **values: Any) -> Any:
+    torch.manual_seed(0)
+    return make_agent(with_fields(agent_config(name, "debug"), values), obs, TURN)
+
+
+def test_cross_entropy_matches_the_golden_number() -> None:
+    given, want = golden("sinkhorn_eps0.5")
+    scores = torch.tensor(given["scores"]).T
+    targets = ops.sinkhorn(scores, given["eps"], given["iters"])
+    loss = -(targets * torch.log_softmax(scores / 0.1, -1)).sum(-1).mean()
+    close(loss, golden("proto_cross_entropy")[1]["temp_loss"], rtol=1e-4)
+    assert want is not None
+
+
+def test_norm_loss_matches_the_golden_number() -> None:
+    given, want = golden("proto_norm_loss")
+    norms = torch.tensor(given["proj"]).norm(dim=-1)
+    close(norms, want["norms"])
+    close((norms - 1).square().mean(), want["norm_loss"])
+
+
+def test_losses_equal_their_equations_written_out() -> None:
+    agent = build()
+    module = agent.prototypes
+    views = module.views(batch_of(agent))
+    rollout = agent.observe(views)
+    feature = rollout.states.feature()
+    losses, _ = module.losses(views.obs, rollout.embed, feature)
+
+    def unit(x: torch.Tensor) -> Any:
+        array = x.detach().double().numpy()
+        return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+    centres = unit(module.centres)
+    teacher = unit(module.slow_proj(module.slow_encoder(views.obs))) @ centres.T
+    student = unit(module.embed_proj(rollout.embed)) @ centres.T / 0.1
+    dynamics = unit(module.feature_proj(feature)) @ centres.T / 0.1
+
+    def log_softmax(x: Any) -> Any:
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    half = 2
+    targets = []
+    for view in (teacher[:half], teacher[half:]):
+        flat = torch.tensor(view[:, 1:].reshape(-1, centres.shape[0]))
+        targets.append(ops.sinkhorn(flat, 0.0125, 3).double().numpy())
+    logs = [
+        log_softmax(x[:, 1:]).reshape(-1, len(centres)) for x in (student[:half], student[half:])
+    ]
+    swav = (
+        -0.5 * (targets[1] * logs[0]).sum(-1).mean() - 0.5 * (targets[0] * logs[1]).sum(-1).mean()
+    )
+    close(losses["swav"].mean(), swav, rtol=1e-4)
+    log_dynamics = log_softmax(dynamics[:, 1:]).reshape(-1, len(centres))
+    close(
+        losses["temp"].mean(),
+        -(np.concatenate(targets) * log_dynamics).sum(-1).mean(),
+        rtol=1e-4,
+    )
+    norms = [module.embed_proj(rollout.embed), module.feature_proj(feature)]
+    want = sum(((x.detach().norm(dim=-1) - 1) ** 2).mean() for x in norms)
+    close(losses["norm"], want, rtol=1e-5)
+
+
+def test_losses_move_students_and_never_the_teacher() -> None:
+    agent = build(**{"prototypes.freeze": 0})
+    module = agent.prototypes
+    views = module.views(batch_of(agent))
+    rollout = agent.observe(views)
+    losses, _ = module.losses(views.obs, rollout.embed, rollout.states.feature())
+    names = [name for name, param in agent.named_parameters() if param.requires_grad]
+    params = [param for param in agent.parameters() if param.requires_grad]
+
+    def moved(loss: str) -> set[str]:
+        grads = torch.autograd.grad(
+            losses[loss].mean(), params, retain_graph=True, allow_unused=True
+        )
+        found = {n for n, grad in zip(names, grads, strict=True) if grad is not None and grad.any()}
+        return {".".join(n.split(".")[: 2 if n.startswith("prototypes") else 1]) for n in found}
+
+    assert moved("swav") == {"encoder", "prototypes.embed_proj", "prototypes.centres"}
+    assert moved("temp") == {"encoder", "rssm", "prototypes.feature_proj", "prototypes.centres"}
+    assert not any(param.requires_grad for param in module.slow_encoder.parameters())
+
+
+def test_prototypes_are_frozen_for_as_long_as_asked_and_stay_on_the_sphere() -> None:
+    agent = build(**{"prototypes.freeze": 2, "optim.decay": 0.0})
+    centres = [agent.prototypes.centres.detach().clone()]
+    for _ in range(3):
+        agent.update(batch_of(agent))
+        centres.append(agent.prototypes.centres.detach().clone())
+    close(centres[2], centres[0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(centres[3], centres[0], rtol=1e-5, atol=1e-6)
+    close(centres[3].norm(dim=-1), torch.ones(16), rtol=1e-5)
+
+
+def test_the_teacher_follows_at_the_golden_rate() -> None:
+    given, want = golden("ema_encoder")
+    agent = build(**{"prototypes.ema_rate": given["rate"]})
+    module = agent.prototypes
+    with torch.no_grad():
+        module.slow_proj.weight.zero_()
+        module.embed_proj.weight.fill_(1.0)
+    found = []
+    for _ in range(3):
+        module.move(agent.encoder)
+        found.append(module.slow_proj.weight[0, 0].item())
+    close(torch.tensor(found), want["after_1_2_3"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_views_shift_a_sequence_as_one_and_each_view_by_itself(whole: bool) -> None:
+    agent = build(obs=PIXELS, **{"prototypes.whole_pixels": whole})
+    batch = batch_of(agent)
+    ramp = torch.arange(64, dtype=torch.uint8)[None, None, None, :, None] * 2
+    batch.obs["image"] = ramp.expand(2, 6, 64, 64, 3).contiguous()
+    torch.manual_seed(0)
+    views = agent.prototypes.views(batch)
+    assert views.obs["image"].shape == (4, 6, 64, 64, 3)
+    assert torch.equal(views.obs["vector"], torch.cat([batch.obs["vector"]] * 2))
+    shift = (ramp[0, 0, 0, 32, 0] - views.obs["image"][:, :, 32, 32, 0]) / 2.0
+    assert (shift == shift[:, :1]).all() and shift.abs().max() <= 3.0
+    assert len(set(shift[:, 0].tolist())) > 1
+    assert whole == torch.allclose(shift, shift.round(), atol=1e-3)
+
+
+def test_published_pro_learns_everything_from_the_views_and_on_v3_only_the_prototypes_do() -> None:
+    published, on_v3 = build(obs=PIXELS), build("pro-v3", obs=PIXELS)
+    assert published.update(batch_of(published))[1] == {}
+    _, latents = on_v3.update(batch_of(on_v3))
+    assert latents["deter"].shape[:2] == (2, 6)
+    with pytest.raises(ValueError, match="'augmented' has no latent of its own"):
+        build("pro-v3", **{"prototypes.rollout": "augmented"})
+
+
+def test_usage_of_prototypes_is_measured() -> None:
+    agent = build()
+    metrics, _ = agent.update(batch_of(agent))
+    assert 1 <= metrics["prototypes/live"] <= 16
+    assert 0 <= metrics["prototypes/entropy_nats"] <= metrics["prototypes/mean_entropy_nats"] + 1e-4
