@@ -21,6 +21,7 @@ from replay_service.chunk import (
 from replay_service.client import InsertReply, ReplayClient
 from replay_service.config import Limits
 from replay_service.errors import (
+    ChunkError,
     ReplayConfigError,
     ReplayError,
     ReplaySchemaError,
@@ -174,6 +175,7 @@ class _Import:
             self._compare(chunk)
             return
         blob = encode_chunk(chunk, self._archive.schema)
+        self._require_valid(chunk, blob)
         self._require_bytes(len(blob))
         reply = self._insert(chunk, blob)
         if reply.code == "DUP":
@@ -213,6 +215,16 @@ class _Import:
                 f"archive would add {fresh}: the oldest would be evicted; raise "
                 "--replay.capacity-steps"
             )
+
+    def _require_valid(self, chunk: Chunk, blob: bytes) -> None:
+        """Let no forged archive, whose hashes somebody has mended, into the log."""
+        try:
+            decode_chunk(blob, self._archive.schema, MAX_CHUNK_STEPS)
+        except ChunkError as error:
+            raise ReplayError(
+                f"chunk {chunk.seq} of stream {chunk.sid} in the archive is not valid: {error}; "
+                "export it again from a replay that `dreamfleet replay check` passes"
+            ) from error
 
     def _require_bytes(self, size: int) -> None:
         if self._used_bytes + size > self._stats.capacity_bytes:

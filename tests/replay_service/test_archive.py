@@ -316,6 +316,25 @@ def test_import_waits_for_training_and_then_says_so(
     assert check_server(other).contents_sha256 == made.contents_sha256
 
 
+def test_forged_archive_whose_hashes_are_right_stays_out(
+    cut: ReplayClient, other: ReplayClient, tmp_path: Path
+) -> None:
+    export_archive(cut, tmp_path / "dump")
+    file = tmp_path / "dump/columns/02-reward.npy"
+    rewards = np.load(file)
+    rewards[3] = np.nan
+    np.save(file, rewards)
+    files = json.loads((tmp_path / "dump" / MANIFEST).read_text())["files"]
+    files["columns/02-reward.npy"]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    edit(tmp_path / "dump", files=files)
+    forged = Archive(tmp_path / "dump")
+    assert forged.damaged_files() == []
+    create_like(other, forged)
+    with pytest.raises(ReplayError, match="in the archive is not valid: .*'reward'.*not finite"):
+        import_archive(other, forged)
+    assert other.stats().chunks == 0
+
+
 def test_noise_of_every_type_survives(client: ReplayClient, tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     client.create(SCHEMA, UNBOUNDED)
