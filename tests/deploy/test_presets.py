@@ -4,7 +4,7 @@ import pytest
 
 from deploy.config import ConfigError, TrainConfig
 from deploy.presets import PRESETS, preset
-from dreamer.presets import SIZES
+from dreamer.presets import AGENTS, SIZES
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -12,6 +12,28 @@ def test_preset_builds_and_remembers_its_name(name: str) -> None:
     config = preset(name)
     assert (config.preset, config.size) == (name, PRESETS[name].size)
     assert config.replay.capacity_steps <= max(config.steps, 100_000)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_size_of_the_agent_fits_its_preset(name: str) -> None:
+    for size in AGENTS[PRESETS[name].agent].sizes:
+        config = preset(name, size)
+        assert (config.size, config.agent.name) == (size, PRESETS[name].agent)
+
+
+def test_schedules_of_earlier_agents_make_the_published_updates() -> None:
+    published = {
+        "v1-dmc-vision": 0.2,
+        "v2-dmc-vision": 0.2,
+        "v2-atari": 0.0625,
+        "v3-2023-dmc-vision": 0.5,
+        "v3-2023-atari100k": 1.0,
+        "pro-dmc-vision": 0.2,
+    }
+    for name, updates in published.items():
+        config = preset(name)
+        replayed = config.learner.batch_size * config.learner.batch_length
+        assert config.train_ratio / replayed == updates, name
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -40,7 +62,7 @@ def test_published_numbers_are_the_published_ones() -> None:
 def test_unknown_preset_and_size_name_the_nearest_and_all() -> None:
     with pytest.raises(ConfigError, match="did you mean v3-cartpole.*v3-minigrid"):
         preset("v3-cartpol")
-    with pytest.raises(ConfigError, match=r"unknown --size 13m; did you mean 1\w*m"):
+    with pytest.raises(ConfigError, match=r"unknown --size 13m of v3; did you mean 1\w*m"):
         preset("v3-cartpole", "13m")
 
 

@@ -1,30 +1,10 @@
-"""Named configurations of whole runs, as data: published numbers where there are any."""
+"""Presets of DreamerV3 (2025)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from deploy.presets.base import Preset
 
-from deploy.config import ConfigError, TrainConfig, nearest, with_values
-from dreamer.presets import SIZES, agent_config, sized
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """One named configuration: an agent, its published size, and what differs from the defaults."""
-
-    summary: str
-    """What it is, and where its numbers come from."""
-    agent: str
-    """Key of the agent registry."""
-    size: str
-    """Published size that sets all widths."""
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted field of `TrainConfig` → value."""
-
-
-PRESETS: dict[str, Preset] = {
+V3_PRESETS: dict[str, Preset] = {
     "v3-cartpole": Preset(
         summary="CartPole-v1 on two CPU cores in minutes. Our own numbers: a small batch and a "
         "high learning rate, because the published ones take hours for so small a task.",
@@ -151,28 +131,3 @@ PRESETS: dict[str, Preset] = {
         },
     ),
 }
-
-
-def preset(name: str, size: str | None = None) -> TrainConfig:
-    """Return a named configuration, at its published size or another one.
-
-    Raises:
-        ConfigError: no preset or no size of that name; the nearest one is given.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown --preset {name}{_choices(name, list(PRESETS))}")
-    chosen = PRESETS[name]
-    size = size or chosen.size
-    if size not in SIZES:
-        raise ConfigError(f"unknown --size {size}{_choices(size, list(SIZES))}")
-    base = replace(
-        TrainConfig(),
-        preset=name,
-        size=size,
-        agent=sized(agent_config(chosen.agent, chosen.size), size),
-    )
-    return with_values(base, chosen.values)
-
-
-def _choices(name: str, known: list[str]) -> str:
-    return nearest(name, known) + f" (choose one of {', '.join(known)})"
