@@ -298,7 +298,7 @@ class ActorProcess:
         schema = Schema.from_dict(spec.schema)
         # Chunks that depend on the clock would make runs in lockstep differ.
         config = replace(spec.replay, flush_age_s=math.inf) if spec.lockstep else spec.replay
-        client = ReplayClient(spec.replay_url)
+        client = ReplayClient(address_for(spec.replay_url, spec.replay, "actor"))
         stack.callback(client.close)
         names = [f"{spec.run}-a{spec.slot}-e{index}" for index in range(spec.envs)]
         while True:

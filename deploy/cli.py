@@ -189,6 +189,12 @@ def _replay(args: list[str]) -> int:
     return action.run(parse(action.options, args[1:], command=f"replay {args[0]}"))
 
 
+def _secrets(args: list[str]) -> int:
+    from deploy.secretscmd import SecretsOptions, make_secrets
+
+    return make_secrets(parse(SecretsOptions, args, command="secrets"))
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command(summary="train an agent, or continue a run", run=_train),
     "eval": Command(summary="play episodes with a run's newest checkpoint", run=_eval),
@@ -196,6 +202,7 @@ COMMANDS: dict[str, Command] = {
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
     "replay": Command(summary="check, export or import what a run has collected", run=_replay),
+    "secrets": Command(summary="make passwords and certificates for a server", run=_secrets),
     "bench": Command(summary="measure learner, replay, actors and the whole", run=_bench),
 }
 

@@ -16,7 +16,7 @@ from actors.envs import EnvConfig
 from dreamer.config import AgentConfig, V3Config
 from dreamer.presets import AGENTS
 from learner.config import LearnerConfig
-from replay_service import ReplayConfig
+from replay_service import ReplayConfig, has_password
 
 FILE_NAME = "config.yaml"
 MOST_SHOWN = 8
@@ -101,6 +101,12 @@ class TrainConfig:
             raise ConfigError(
                 f"--train-ratio is a number of replayed steps above 0, got {self.train_ratio}"
             )
+        if has_password(self.redis):
+            raise ConfigError(
+                "--redis holds a password, which the process list and config.yaml would show: "
+                "put it in a file of mode 0600, and give --replay.password-file FILE and the "
+                "address without it (redis://user@host:port)"
+            )
         _require_form("device", self.device, _DEVICE, "auto, cpu, cuda or cuda:<number>")
         _require_form("redis", self.redis, _REDIS, "embedded, redis://…, rediss://… or unix://…")
         _require_form("ray", self.ray, _RAY, "local, auto or <host>:<port>")
@@ -154,6 +160,8 @@ class Difference:
 
 MAY_CHANGE = frozenset(
     {"preset", "run_dir", "steps", "actors", "device", "redis", "ray"}
+    | {"replay.durability", "replay.listen", "replay.secrets"}
+    | {"replay.password_file", "replay.ca_file"}
     | {"replay.redis_memory_bytes", "replay.placement", "replay.codec", "replay.flush_age_s"}
     | {"learner.mode", "learner.precision", "learner.threads", "learner.keep_checkpoints"}
     | {"learner.publish_every_s", "learner.publish_every_updates", "learner.metrics_port"}

@@ -32,8 +32,10 @@ from replay_service import (
     Mirror,
     ReplayClient,
     Schema,
+    address_for,
     estimate_memory,
     plan_limits,
+    with_absolute_paths,
 )
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def train(config: TrainConfig) -> int:
 
         # Replay: the server with the log, and the learner's mirror of it
         url = stack.enter_context(replay_server(config, run))
-        client = ReplayClient(url)
+        client = ReplayClient(address_for(url, config.replay, "learner"))
         stack.callback(client.close)
         client.create(schema, limits)
         mirror = Mirror(
@@ -104,7 +106,7 @@ def train(config: TrainConfig) -> int:
         stack.enter_context(ray_cluster(config.ray, cpus=config.actors + 1, sentinel=sentinel))
         interrupts.reinstall()
         hub = weight_hub(run)
-        fleet = make_fleet(config, facts, schema, client, hub)
+        fleet = make_fleet(config, facts, schema, client, hub, url)
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
@@ -176,9 +178,14 @@ def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
     if config.redis != "embedded":
         yield config.redis
         return
-    memory = config.replay.redis_memory_bytes
-    with EmbeddedServer(run / "replay", max_memory_bytes=memory) as server:
-        yield server.url
+    with EmbeddedServer(
+        run / "replay",
+        max_memory_bytes=config.replay.redis_memory_bytes,
+        durability=config.replay.durability,
+        listen=config.replay.listen,
+        secrets=config.replay.secrets,
+    ) as server:
+        yield server.listen_url
 
 
 def weight_hub(run: Path) -> Any:
@@ -189,9 +196,12 @@ def weight_hub(run: Path) -> Any:
 
 
 def make_fleet(
-    config: TrainConfig, facts: EnvFacts, schema: Schema, client: ReplayClient, hub: Any
+    config: TrainConfig, facts: EnvFacts, schema: Schema, client: ReplayClient, hub: Any, url: str
 ) -> Crew:
-    """Describe the actors; they start when the learner is ready."""
+    """Describe the actors; they start when the learner is ready.
+
+    Of the replay server they get the address alone: each reads its password from a file.
+    """
     from actors.actor import ActorSpec
     from deploy.crew import Crew
 
@@ -205,8 +215,8 @@ def make_fleet(
         obs_space=facts.obs_space,
         action_space=facts.action_space,
         schema=schema.to_dict(),
-        replay=config.replay,
-        replay_url=client.url,
+        replay=with_absolute_paths(config.replay),
+        replay_url=url,
         seed=config.seed,
         lockstep=config.lockstep,
     )

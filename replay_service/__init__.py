@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from replay_service.reflection import check_mirror
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
+    from replay_service.security import address_for, has_password, with_absolute_paths
     from replay_service.server import EmbeddedServer
     from replay_service.writer import ChunkWriter, Uploader, UploadStats
 
@@ -63,6 +64,7 @@ _HOMES = {
     "reflection": ("check_mirror",),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
+    "security": ("address_for", "has_password", "with_absolute_paths"),
     "server": ("EmbeddedServer",),
     "writer": ("ChunkWriter", "UploadStats", "Uploader"),
 }
@@ -102,6 +104,7 @@ __all__ = [
     "UploadStats",
     "Uploader",
     "Violation",
+    "address_for",
     "check_archive",
     "check_mirror",
     "check_server",
@@ -110,8 +113,10 @@ __all__ = [
     "encode_chunk",
     "estimate_memory",
     "export_archive",
+    "has_password",
     "import_archive",
     "plan_limits",
+    "with_absolute_paths",
 ]
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -27,6 +27,7 @@ from replay_service.errors import (
     ReplayUnavailable,
 )
 from replay_service.schema import Schema
+from replay_service.security import roles_with, without_password
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class ReplayClient:
         self.url = url
         self.shard = shard
         self.timeout_s = timeout_s
-        self.address = _without_password(url)
+        self.address = without_password(url)
         self._redis = _connect(url, timeout_s, timeout_s)
         tag = f"{{rp{shard}}}"
         self._prefix = tag
@@ -374,12 +375,9 @@ class ReplayClient:
 def translate(error: Exception, address: str) -> ReplayError:
     """Turn an error of the Redis library into one of ours."""
     kinds = redis.exceptions
-    if isinstance(error, (kinds.AuthenticationError, kinds.NoPermissionError)) or "NOAUTH" in str(
-        error
-    ):
-        return ReplayAuthError(
-            f"the server at {address} refuses these credentials: check user and password"
-        )
+    denied = _denied(error, address)
+    if denied:
+        return ReplayAuthError(denied)
     if isinstance(error, kinds.TimeoutError):
         return ReplayTimeout(f"the server at {address} did not answer in time")
     if isinstance(error, kinds.BusyLoadingError):
@@ -397,6 +395,37 @@ def translate(error: Exception, address: str) -> ReplayError:
     return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
 
 
+def _denied(error: Exception, address: str) -> str:
+    """Return what to say if the server refuses who we are or what we ask, else nothing."""
+    kinds, text = redis.exceptions, str(error)
+    if isinstance(error, kinds.NoPermissionError) or "NOPERM" in text:
+        found = re.search(r"'([\w|]+)' command", text)
+        if found is None:
+            return (
+                f"the server at {address} keeps this user from keys or channels that the call "
+                "needs: use the role that it is for (dreamfleet secrets makes them)"
+            )
+        roles = " or ".join(roles_with(found[1])) or "admin"
+        return (
+            f"the server at {address} does not let this user run {found[1].upper()}: it takes "
+            f"credentials of the role {roles}"
+        )
+    if "NOAUTH" in text or "Authentication required" in text:
+        return (
+            f"the server at {address} refuses connections without credentials: check user and "
+            "password, which come from --replay.secrets or --replay.password-file"
+        )
+    if isinstance(error, kinds.AuthenticationError):
+        return f"the server at {address} refuses these credentials: check user and password"
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        reason = re.search(r"verify failed: ([^(\]]+)", text)
+        return (
+            f"the certificate of {address} is not trusted ({reason[1].strip() if reason else text})"
+            ": give the CA that signed it with --replay.ca-file, and an address that it names"
+        )
+    return ""
+
+
 def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redis:
     try:
         return redis.Redis.from_url(
@@ -408,17 +437,9 @@ def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redi
         )
     except (ValueError, redis.exceptions.RedisError) as error:
         raise ReplayConfigError(
-            f"{_without_password(url)!r} is not an address of a server: use "
+            f"{without_password(url)!r} is not an address of a server: use "
             "unix:///path/to/socket, redis://host:port or rediss://host:port"
         ) from error
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
 
 
 def _entry(row: Any) -> LogEntry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from replay_service.chunk import MAX_CHUNK_STEPS
@@ -41,6 +42,22 @@ class ReplayConfig:
     """Steps per page of that copy."""
     online: bool = True
     """Train on every new window once, newest first, before drawing uniformly."""
+    durability: Literal["none", "everysec", "strict"] = "everysec"
+    """What the embedded server keeps: none writes nothing to disk, so its end is the replay's end;
+    everysec survives the death of any process and may lose two seconds of acknowledged steps in a
+    power cut; strict acknowledges only what is on the disk, at the cost of one sync per insert."""
+    secrets: Path | None = None
+    """Directory made by dreamfleet secrets: learner and actors log in with their own roles, and
+    the embedded server admits nobody else."""
+    password_file: Path | None = None
+    """File whose first line is the password for --redis, readable by its owner alone; the user is
+    the one in the address (redis://user@host:port)."""
+    ca_file: Path | None = None
+    """Certificate that must have signed the server's, for rediss:// addresses; None is the one in
+    the directory of secrets, else what the system trusts."""
+    listen: str | None = None
+    """address:port at which the embedded server also listens, for actors on other machines; beyond
+    loopback it needs secrets. None is a unix socket alone."""
 
     def __post_init__(self) -> None:
         _require_range("capacity_steps", self.capacity_steps, 1, 10**10)

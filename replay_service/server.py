@@ -18,12 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import redis
 
 from replay_service.errors import ReplayConfigError, ReplayTimeout, ReplayUnavailable
+from replay_service.security import ACL_FILE, is_loopback, password_file, read_password
 
 log = logging.getLogger(__name__)
+
+Durability = Literal["none", "everysec", "strict"]
 
 MIN_MAJOR = 7
 _SOCKET_CHARS = 100
@@ -35,9 +39,11 @@ class EmbeddedServer:
     """A Redis-protocol server on a private unix socket, kept in a directory.
 
     Guarantees:
-        1. Only this user can reach it: no TCP port, a socket with mode 0700.
-        2. What it acknowledged survives the death of either process (append-only file, synced
-           every second; a power cut may take the last two seconds).
+        1. Only this user can reach it: no TCP port, a socket with mode 0700. With `listen`, those
+           who have a password, or (on loopback alone) those on this machine.
+        2. What it acknowledged survives the death of either process; with durability "everysec" a
+           power cut may take the last two seconds, with "strict" nothing, and with "none"
+           everything is gone once it ends.
         3. It ends when this process ends, whatever ended it.
         4. Two servers never share a directory: the second one raises.
         5. It never evicts by itself: at its memory limit it refuses writes.
@@ -45,18 +51,34 @@ class EmbeddedServer:
     Args:
         directory: where the append-only file, the log and the socket live; created if missing.
         max_memory_bytes: memory limit of the server.
+        durability: what is kept on the disk, and when.
+        listen: address:port to listen at besides the socket; needs `secrets` beyond loopback.
+        secrets: directory made by `dreamfleet secrets`; everybody then needs a role's password.
         load_timeout_s: how long reading back an existing log may take.
 
     Entering (or `start`) blocks until the server answers; it raises `ReplayConfigError` where no
-    usable binary exists or the directory is taken, `ReplayUnavailable` if the server ends at once,
-    and `ReplayTimeout` after `load_timeout_s`.
+    usable binary exists, the directory is taken or its data would be ignored,
+    `ReplayUnavailable` if the server ends at once, and `ReplayTimeout` after `load_timeout_s`.
+
+    Raises:
+        ReplayConfigError: `listen` would let anybody in, or is no address and port.
     """
 
     def __init__(
-        self, directory: Path, *, max_memory_bytes: int, load_timeout_s: float = 600.0
+        self,
+        directory: Path,
+        *,
+        max_memory_bytes: int,
+        durability: Durability = "everysec",
+        listen: str | None = None,
+        secrets: Path | None = None,
+        load_timeout_s: float = 600.0,
     ) -> None:
         self.directory = Path(directory).absolute()
         self.max_memory_bytes = max_memory_bytes
+        self.durability = durability
+        self._secrets = secrets
+        self._listen = _listening(listen, secrets) if listen is not None else None
         self._load_timeout_s = load_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._exited = threading.Event()
@@ -66,8 +88,16 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """Address for `ReplayClient`."""
+        """Address for `ReplayClient` on this machine."""
         return f"unix://{self._socket}"
+
+    @property
+    def listen_url(self) -> str:
+        """Address for `ReplayClient` on any machine that may reach it."""
+        if self._listen is None:
+            return self.url
+        host, port = self._listen
+        return f"redis://[{host}]:{port}" if ":" in host else f"redis://{host}:{port}"
 
     @property
     def process_id(self) -> int:
@@ -97,6 +127,7 @@ class EmbeddedServer:
         assert not self.running, "the server is already running"
         binary = find_binary()
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._require_nothing_ignored()
         lock = self._lock_directory()
         try:
             self._socket = self._socket_path()
@@ -149,9 +180,19 @@ class EmbeddedServer:
         Path(path).unlink(missing_ok=True)
         return path
 
+    def _require_nothing_ignored(self) -> None:
+        """Refuse to run without a disk beside data on it, which would come back out of date."""
+        kept = self.directory / "appendonlydir"
+        if self.durability == "none" and kept.is_dir() and any(kept.iterdir()):
+            raise ReplayConfigError(
+                f"{self.directory} holds a replay on disk, which durability none would neither "
+                f"read nor change: use everysec or strict, or remove {kept}"
+            )
+
     def _arguments(self, binary: str) -> list[str]:
+        host, port = self._listen or ("", 0)
         options = {
-            "port": "0",
+            "port": str(port),
             "unixsocket": self._socket,
             "unixsocketperm": "700",
             "dir": str(self.directory),
@@ -160,13 +201,20 @@ class EmbeddedServer:
             "maxmemory": str(self.max_memory_bytes),
             "maxmemory-policy": "noeviction",
             "save": "",
-            "appendonly": "yes",
-            "appendfsync": "everysec",
-            "no-appendfsync-on-rewrite": "yes",
+            "appendonly": "no" if self.durability == "none" else "yes",
+            "appendfsync": "always" if self.durability == "strict" else "everysec",
+            # A rewrite takes minutes: without syncs for that long, no promise would hold.
+            "no-appendfsync-on-rewrite": "no",
+            "aof-load-truncated": "yes",
             "aof-use-rdb-preamble": "yes",
             "auto-aof-rewrite-percentage": "100",
             "auto-aof-rewrite-min-size": "256mb",
         }
+        if self._listen is not None:
+            # Who may come is settled by loopback or by the ACL file: see `_listening`.
+            options |= {"bind": host, "protected-mode": "no"}
+        if self._secrets is not None:
+            options["aclfile"] = str((self._secrets / ACL_FILE).absolute())
         return [binary, *(word for key, value in options.items() for word in (f"--{key}", value))]
 
     def _spawn(self, binary: str, lock: int) -> None:
@@ -205,7 +253,12 @@ class EmbeddedServer:
             raise ReplayUnavailable(f"cannot run {binary}: {failures[0]}") from failures[0]
 
     def _wait_ready(self) -> None:
-        client = redis.Redis(unix_socket_path=self._socket, socket_timeout=5.0)
+        user, password = None, None
+        if self._secrets is not None:
+            user, password = "admin", read_password(password_file(self._secrets, "admin"))
+        client = redis.Redis(
+            unix_socket_path=self._socket, socket_timeout=5.0, username=user, password=password
+        )
         deadline = time.monotonic() + self._load_timeout_s
         try:
             while time.monotonic() < deadline:
@@ -217,6 +270,11 @@ class EmbeddedServer:
                 try:
                     client.ping()
                     return
+                except redis.exceptions.AuthenticationError as error:
+                    raise ReplayConfigError(
+                        f"the password in {self._secrets} is not the one in its {ACL_FILE}: make "
+                        "both anew with `dreamfleet secrets --rotate`"
+                    ) from error
                 except redis.exceptions.RedisError:
                     continue
         finally:
@@ -229,6 +287,28 @@ class EmbeddedServer:
         path = self.directory / "server.log"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         return " | ".join(line for line in lines[-5:] if line.strip()) or "no log was written"
+
+
+def _listening(listen: str, secrets: Path | None) -> tuple[str, int]:
+    """Return host and port of ``address:port``; refuse what would let anybody in."""
+    host, _, digits = listen.rpartition(":")
+    host = host.strip("[]")
+    if not host or not digits.isdecimal() or not 0 < int(digits) < 2**16:
+        raise ReplayConfigError(
+            f"--replay.listen is {listen!r}, expected address:port, such as 10.0.0.5:6400"
+        )
+    if host in ("0.0.0.0", "::", "*"):
+        raise ReplayConfigError(
+            f"--replay.listen {listen} is every network of this machine: name the one address at "
+            "which actors reach it"
+        )
+    if secrets is None and not is_loopback(host):
+        raise ReplayConfigError(
+            f"--replay.listen {listen} would let anybody on the network in without a password: "
+            "make secrets with `dreamfleet secrets DIR` and add --replay.secrets DIR, or listen "
+            "at 127.0.0.1"
+        )
+    return host, int(digits)
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

@@ -72,6 +72,7 @@ def _options(command: str) -> type:
     from deploy.checkenv import CheckOptions
     from deploy.doctor import DoctorOptions
     from deploy.evaluate import EvalOptions
+    from deploy.secretscmd import SecretsOptions
     from deploy.status import StatusOptions
 
     return {
@@ -79,6 +80,7 @@ def _options(command: str) -> type:
         "check-env": CheckOptions,
         "doctor": DoctorOptions,
         "eval": EvalOptions,
+        "secrets": SecretsOptions,
         "status": StatusOptions,
     }[command]
 
