@@ -1,0 +1,57 @@
+"""The page on agents: what it points at exists, and the agent it adds trains."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreamer.agent import make_agent
+from dreamer.presets import AGENTS, agent_config
+from tests.dreamer.cases import TURN, VECTOR
+from tests.dreamer.test_earlier import batch_of
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "agents.md").read_text()
+NAMED = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE)))
+
+
+@pytest.mark.parametrize(("file", "symbol"), NAMED)
+def test_every_symbol_that_the_page_names_exists(file: str, symbol: str) -> None:
+    text = (ROOT / file).read_text()
+    for name in symbol.split("."):
+        assert re.search(rf"^\s*(class|def) {name}\b", text, re.MULTILINE), (file, name)
+
+
+def test_no_code_asks_for_an_agent_by_name() -> None:
+    names = "|".join(map(re.escape, AGENTS))
+    asked = re.compile(rf"""(==|!=|\bin\b)\s*\(?["']({names})["']|\.startswith\(["'](v\d|pro)""")
+    for folder in ("dreamer", "learner", "actors", "replay_service", "deploy"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found = asked.search(path.read_text())
+            assert found is None, (path, found)
+
+
+def test_the_agent_that_the_page_adds_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, entry = re.findall(r"```python\n# [^\n]*\n(.*?)```", PAGE, re.DOTALL)
+    assert len(module.splitlines()) + len(entry.splitlines()) < 60
+    path = tmp_path / "curious.py"
+    path.write_text(module)
+    spec = importlib.util.spec_from_file_location("dreamer.curious", path)
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "dreamer.curious", made)
+    spec.loader.exec_module(made)
+    try:
+        exec(f"from dreamer.presets import *; from dataclasses import replace\n{entry}", {})
+        torch.manual_seed(0)
+        agent = make_agent(agent_config("curious", "debug"), VECTOR, TURN)
+        metrics, _ = agent.update(batch_of(agent))
+    finally:
+        AGENTS.pop("curious", None)
+    assert type(agent).__name__ == "Curious" and metrics["curiosity_nats"] > 0
+    assert all(torch.isfinite(value) for value in metrics.values())
