@@ -24,7 +24,10 @@ from replay_service import (
     CheckReport,
     CreditLimiter,
     ReplayClient,
+    ReplayConfig,
+    ReplayTimeout,
     ReplayUnavailable,
+    address_for,
     check_archive,
     check_server,
     create_like,
@@ -43,7 +46,26 @@ _SOCKET = re.compile(r"unixsocket[: ](/\S+)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayCheckOptions:
+class Access:
+    """How to get into a server that is named by its address; a run knows its own way."""
+
+    secrets: Path | None = None
+    """Directory made by dreamfleet secrets, whose admin to be at the address."""
+    password_file: Path | None = None
+    """File whose first line is the password for the user in the address (redis://user@host:port),
+    so that it stands in no process list."""
+    ca_file: Path | None = None
+    """Certificate that must have signed the server's, for rediss:// addresses."""
+
+    def config(self) -> ReplayConfig:
+        """Return the same as a replay's configuration has it."""
+        return ReplayConfig(
+            secrets=self.secrets, password_file=self.password_file, ca_file=self.ca_file
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayCheckOptions(Access):
     """Check that a replay keeps what it promises, without changing it; exit code 1 if not."""
 
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL|ARCHIVE")]
@@ -56,7 +78,7 @@ class ReplayCheckOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayExportOptions:
+class ReplayExportOptions(Access):
     """Write everything that a replay retains to a directory of .npy files."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL")]
@@ -68,7 +90,7 @@ class ReplayExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayImportOptions:
+class ReplayImportOptions(Access):
     """Put an archive into a replay; doing it again changes nothing."""
 
     archive: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVE")]
@@ -107,7 +129,7 @@ def check(options: ReplayCheckOptions) -> int:
         if "://" not in options.target and (path / MANIFEST).is_file():
             report = check_archive(Archive(path), timeout_s=options.timeout_s, progress=progress)
         else:
-            with open_replay(options.target) as (client, config):
+            with open_replay(options.target, options) as (client, config):
                 report = check_server(
                     client,
                     contents=options.contents,
@@ -121,7 +143,7 @@ def check(options: ReplayCheckOptions) -> int:
 
 def export(options: ReplayExportOptions) -> int:
     """Export a replay and print what was written. Raises ReplayError if it cannot be."""
-    with _bar("exporting") as progress, open_replay(options.source) as (client, config):
+    with _bar("exporting") as progress, open_replay(options.source, options) as (client, config):
         run = Path(options.source)
         extra = {FILE_NAME: (run / FILE_NAME).read_bytes()} if config else {}
         made = export_archive(
@@ -140,7 +162,10 @@ def import_(options: ReplayImportOptions) -> int:
     archive, run = Archive(options.archive), Path(options.target)
     if "://" not in options.target and not (run / FILE_NAME).exists():
         _begin_run(archive, run)
-    with _bar("importing") as progress, open_replay(options.target, create=True) as (client, _):
+    with (
+        _bar("importing") as progress,
+        open_replay(options.target, options, create=True) as (client, _),
+    ):
         create_like(client, archive)
         result = import_archive(
             client,
@@ -173,7 +198,7 @@ ACTIONS: dict[str, Action] = {
 
 @contextmanager
 def open_replay(
-    target: str, *, create: bool = False
+    target: str, access: Access, *, create: bool = False
 ) -> Iterator[tuple[ReplayClient, TrainConfig | None]]:
     """Yield a client of the replay of a run directory or address, and the run's configuration.
 
@@ -187,21 +212,22 @@ def open_replay(
 
     with ExitStack() as stack:
         if "://" in target:
-            url, config = target, None
+            url, config, knobs = target, None, access.config()
         else:
             run = require_run(Path(target))
             config = load_config(run / FILE_NAME)
-            found = _running_server(run / "replay") if config.redis == "embedded" else None
-            if found is None and config.redis == "embedded" and not create:
+            knobs, embedded = config.replay, config.redis == "embedded"
+            found = _running_server(run / "replay", knobs) if embedded else None
+            if found is None and embedded and not create:
                 _require_data(run)
             url = found or stack.enter_context(replay_server(config, run))
-        client = ReplayClient(url)
+        client = ReplayClient(address_for(url, knobs, "admin"))
         stack.callback(client.close)
         client.check()
         yield client, config
 
 
-def _running_server(directory: Path) -> str | None:
+def _running_server(directory: Path, knobs: ReplayConfig) -> str | None:
     """Return the address of a server that runs on a directory, None if none answers."""
     places = [directory / "redis.sock"]
     # A socket whose path would be too long is elsewhere; the server's command line says where.
@@ -210,10 +236,13 @@ def _running_server(directory: Path) -> str | None:
             words = " ".join(process.info["cmdline"] or [])
             places += [Path(place) for place in _SOCKET.findall(words)]
     for place in filter(Path.is_socket, places):
-        client = ReplayClient(f"unix://{place}")
+        url = f"unix://{place}"
+        client = ReplayClient(address_for(url, knobs, "admin"))
         try:
             client.check()
-            return client.url
+            return url
+        except ReplayTimeout:
+            raise
         except ReplayUnavailable as error:
             log.info("server_absent socket=%s reason=%s", place, error)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from deploy.cli import main
 from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
 from deploy.launch import replay_server
 from deploy.presets import preset
-from replay_service import Limits, ReplayClient
+from deploy.secretscmd import SecretsOptions, make_secrets
+from replay_service import Limits, ReplayClient, address_for
 from tests.replay_service.records import SCHEMA, insert_many
 
 
@@ -79,6 +81,26 @@ def test_running_run_is_checked_without_disturbing_it(
         assert main(["replay", "check", url]) == 1
         shown = said(capsys)
         assert "1 violations" in shown and "C  stream s1@1 seq 3: the chunk is missing" in shown
+
+
+def test_guarded_server_is_checked_by_its_admin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, made = tmp_path / "run", tmp_path / "secrets"
+    make_secrets(SecretsOptions(directory=made))
+    config = preset("v3-cartpole")
+    config = replace(config, replay=replace(config.replay, secrets=made))
+    save_config(config, run / FILE_NAME)
+    with replay_server(config, run) as url:
+        fill(address_for(url, config.replay, "admin"))
+        assert main(["replay", "check", str(run)]) == 0
+        assert main(["replay", "check", url, "--secrets", str(made)]) == 0
+        word, guarded = made / "admin.password", url.replace("unix://", "unix://admin@")
+        assert main(["replay", "check", guarded, "--password-file", str(word)]) == 0
+        assert said(capsys).count("200 steps in 25 chunks") == 3
+        assert main(["replay", "check", url]) == 2
+        assert "password" in said(capsys)
+    assert main(["replay", "check", str(run)]) == 0
 
 
 def test_socket_with_a_long_path_is_found(
