@@ -29,6 +29,7 @@ from replay_service import (
 )
 from replay_service.pages import PageIndex, page_count
 from replay_service.schema import REQUIRED
+from replay_service.server import Durability
 from replay_service.storage import DeviceStorage, gather, window_rows
 
 IMAGES = Schema(
@@ -46,6 +47,7 @@ VECTORS = Schema(
     )
 )
 CHUNK, PAGE, BATCH, WINDOW = 64, 64, 16, 65
+DURABILITY: tuple[Durability, ...] = ("none", "everysec", "strict")
 GIB = 2**30
 
 
@@ -65,6 +67,7 @@ def run(*, threads: int = 2, quick: bool = False) -> dict[str, Any]:
         return {
             "threads": threads,
             "insert": [_insert(kind, 20 if quick else 300) for kind in CONTENT],
+            "durability": [_durable(mode, 20 if quick else 300) for mode in DURABILITY],
             "follow": _follow(2_000 if quick else 20_000),
             "gather": _gather(4_096 if quick else 100_000, 5 if quick else 200),
             "scaling": [
@@ -90,6 +93,13 @@ def table(result: dict[str, Any]) -> Table:
             "  append, encode, insert",
             f"{row['end_to_end_steps_s']:.0f} steps/s",
             f"{row['end_to_end_raw_mb_s']:.0f} MB/s before compression",
+            "",
+        )
+    for row in result["durability"]:
+        shown.add_row(
+            f"insert textured frames, durability {row['durability']}",
+            f"{row['steps_s']:.0f} steps/s",
+            f"median {row['insert_ms']:.1f} ms, worst {row['worst_ms']:.1f} ms",
             "",
         )
     follow = result["follow"]
@@ -147,10 +157,12 @@ def _columns(schema: Schema, steps: int, content: np.ndarray | None = None) -> d
 
 
 @contextmanager
-def _server() -> Iterator[tuple[EmbeddedServer, ReplayClient]]:
+def _server(
+    durability: Durability = "everysec",
+) -> Iterator[tuple[EmbeddedServer, ReplayClient]]:
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as directory,
-        EmbeddedServer(Path(directory), max_memory_bytes=2 * GIB) as server,
+        EmbeddedServer(Path(directory), max_memory_bytes=2 * GIB, durability=durability) as server,
     ):
         client = ReplayClient(server.url)
         try:
@@ -187,6 +199,27 @@ def _insert(kind: str, count: int) -> dict[str, Any]:
         "insert_steps_s": CHUNK / insert_one,
         "end_to_end_steps_s": steps_s,
         "end_to_end_raw_mb_s": steps_s * IMAGES.step_bytes / 1e6,
+    }
+
+
+def _durable(durability: Durability, count: int) -> dict[str, Any]:
+    """Insert one chunk after the other from one writer; the disk is that of temporary files."""
+    columns = _columns(IMAGES, CHUNK, _textured(np.random.default_rng(0), CHUNK))
+    blob = encode_chunk(Chunk("bench", 1, 1, 0, columns), IMAGES)
+    taken_s = list[float]()
+    with _server(durability) as (_, client):
+        client.create(IMAGES, Limits(capacity_steps=32 * CHUNK, capacity_bytes=GIB))
+        for seq in range(1, count + 1):
+            started = time.perf_counter()
+            reply = client.insert(IMAGES, "bench@1", seq, CHUNK, blob)
+            taken_s.append(time.perf_counter() - started)
+            assert reply.code == "OK", reply
+    return {
+        "durability": durability,
+        "chunk_bytes": len(blob),
+        "insert_ms": statistics.median(taken_s) * 1e3,
+        "worst_ms": max(taken_s) * 1e3,
+        "steps_s": count * CHUNK / sum(taken_s),
     }
 
 

@@ -256,7 +256,7 @@ class ReplayClient:
             raise translate(error, self.address) from error
         for result in results:
             if isinstance(result, redis.exceptions.RedisError):
-                raise translate(result, self.address) from result
+                raise translate(result, self.address, "replay_insert") from result
         code, *values = results[-1]
         return InsertReply(code.decode(), tuple(values))
 
@@ -366,16 +366,23 @@ class ReplayClient:
         try:
             return self._redis.execute_command(*words)  # type: ignore[no-untyped-call]
         except redis.exceptions.RedisError as error:
-            raise translate(error, self.address) from error
+            function = words[1] if words[0] == "FCALL" else ""
+            raise translate(error, self.address, function) from error
 
     def _missing(self) -> ReplayUnavailable:
         return ReplayUnavailable(f"no replay has been created on {self.address} yet")
 
 
-def translate(error: Exception, address: str) -> ReplayError:
-    """Turn an error of the Redis library into one of ours."""
+def translate(error: Exception, address: str, function: str = "") -> ReplayError:
+    """Turn an error of the Redis library into one of ours.
+
+    Args:
+        error: what was raised.
+        address: of the server, as it may be shown.
+        function: the server-side function that was called, if one was.
+    """
     kinds = redis.exceptions
-    denied = _denied(error, address)
+    denied = _denied(error, address, function)
     if denied:
         return ReplayAuthError(denied)
     if isinstance(error, kinds.TimeoutError):
@@ -395,7 +402,7 @@ def translate(error: Exception, address: str) -> ReplayError:
     return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
 
 
-def _denied(error: Exception, address: str) -> str:
+def _denied(error: Exception, address: str, function: str) -> str:
     """Return what to say if the server refuses who we are or what we ask, else nothing."""
     kinds, text = redis.exceptions, str(error)
     if isinstance(error, kinds.NoPermissionError) or "NOPERM" in text:
@@ -405,10 +412,17 @@ def _denied(error: Exception, address: str) -> str:
                 f"the server at {address} keeps this user from keys or channels that the call "
                 "needs: use the role that it is for (dreamfleet secrets makes them)"
             )
-        roles = " or ".join(roles_with(found[1])) or "admin"
+        called = function if found[1].lower() == "fcall" else ""
+        name = called or found[1].upper()
+        roles = " or ".join(roles_with(f"fcall|{called}" if called else name)) or "admin"
         return (
-            f"the server at {address} does not let this user run {found[1].upper()}: it takes "
-            f"credentials of the role {roles}"
+            f"the server at {address} does not let this user run {name}: it takes credentials of "
+            f"the role {roles}"
+        )
+    if "ACL failure in script" in text:
+        return (
+            f"the server at {address} lets this user call {function or 'the function'} and not "
+            "what it does: load the ACL file that `dreamfleet secrets` of this version makes"
         )
     if "NOAUTH" in text or "Authentication required" in text:
         return (

@@ -115,7 +115,7 @@ def roles_with(command: str) -> list[str]:
         known = {*spec.commands.split(), *(f"fcall|replay_{one}" for one in spec.functions)}
         for commands in spec.on_keys.values():
             known.update(commands.split())
-        if name in known or (name == "fcall" and spec.functions) or "@all" in known:
+        if name in known or "@all" in known:
             found.append(role)
     return found
 

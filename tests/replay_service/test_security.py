@@ -30,6 +30,7 @@ from replay_service.config import Limits
 from replay_service.security import (
     ROLES,
     RoleName,
+    acl_rules,
     address_for,
     has_password,
     password_file,
@@ -229,6 +230,8 @@ def test_refusals_say_what_is_missing(
         client.close()
     with pytest.raises(ReplayAuthError, match=r"FUNCTION.LIST: .* role learner or admin"):
         as_role("actor").create(SCHEMA, LIMITS)
+    with pytest.raises(ReplayAuthError, match="run replay_fence: .* role learner or admin"):
+        as_role("actor").acquire_fence()
     with pytest.raises(ReplayAuthError, match="CONFIG.SET: it takes credentials of the role admin"):
         as_role("learner")._command("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(ReplayAuthError, match="keeps this user from keys"):
@@ -238,6 +241,22 @@ def test_refusals_say_what_is_missing(
 def test_roles_with_a_command_are_named() -> None:
     assert roles_with("function|load") == ["learner", "admin"]
     assert roles_with("FLUSHALL") == ["admin"]
+    assert roles_with("fcall|replay_stats") == ["actor", "learner", "exporter", "admin"]
+
+
+def test_acl_that_is_older_than_the_functions_is_told_from_a_wrong_role(
+    as_role: Callable[[RoleName], ReplayClient],
+) -> None:
+    as_role("learner").create(SCHEMA, LIMITS)
+    admin, learner = as_role("admin"), as_role("learner")
+    rules = " ".join(word for word in acl_rules("learner").split() if word != "+hincrby")
+    words = re.findall(r"\([^)]*\)|\S+", rules)
+    admin._command("ACL", "SETUSER", "learner", "clearselectors", *words)
+    try:
+        with pytest.raises(ReplayAuthError, match="call replay_fence and not what it does"):
+            learner.acquire_fence()
+    finally:
+        admin._command("ACL", "LOAD")
 
 
 def test_acl_file_holds_no_password_and_closes_the_default_user() -> None:
