@@ -386,7 +386,9 @@ def translate(error: Exception, address: str, function: str = "") -> ReplayError
     if denied:
         return ReplayAuthError(denied)
     if isinstance(error, kinds.TimeoutError):
-        return ReplayTimeout(f"the server at {address} did not answer in time")
+        # A server without TLS says nothing at all to a client that begins with it.
+        hint = "; is that its port for TLS?" if address.startswith("rediss:") else ""
+        return ReplayTimeout(f"the server at {address} did not answer in time{hint}")
     if isinstance(error, kinds.BusyLoadingError):
         return ReplayUnavailable(f"the server at {address} is loading its data")
     if isinstance(error, kinds.InvalidResponse) or "Protocol error" in str(error):

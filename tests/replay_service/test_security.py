@@ -15,7 +15,7 @@ import psutil
 import pytest
 import redis
 
-from deploy.secretscmd import SecretsOptions, make_secrets
+from deploy.secretscmd import SecretsOptions, certificates, make_secrets
 from replay_service import (
     EmbeddedServer,
     Mirror,
@@ -23,6 +23,7 @@ from replay_service import (
     ReplayClient,
     ReplayConfig,
     ReplayConfigError,
+    ReplayTimeout,
     Uploader,
     encode_chunk,
 )
@@ -483,6 +484,25 @@ def test_tls_is_verified_by_default(guarded: EmbeddedServer, secrets: Path, tmp_
         word = password_file(secrets, "learner")
         with pytest.raises(ReplayAuthError, match="not trusted"):
             check(f"rediss://learner@localhost:{proxy.port}", ReplayConfig(password_file=word))
+
+
+def test_expired_certificate_is_refused(
+    guarded: EmbeddedServer, secrets: Path, tmp_path: Path
+) -> None:
+    for name, text in certificates(("localhost",), days=0).items():
+        (tmp_path / name).write_text(text)
+    known = ReplayConfig(secrets=secrets, ca_file=tmp_path / "ca.crt")
+    with tls_proxy(tmp_path, guarded.url) as proxy:
+        with pytest.raises(ReplayAuthError, match=r"not trusted \(certificate has expired\)"):
+            check(f"rediss://localhost:{proxy.port}", known)
+
+
+def test_silence_of_a_server_without_tls_gets_a_hint(tmp_path: Path, secrets: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    with EmbeddedServer(tmp_path, max_memory_bytes=2**26, listen=listen, secrets=secrets):
+        with pytest.raises(ReplayTimeout, match="is that its port for TLS"):
+            check(f"rediss://{listen}", ReplayConfig(secrets=secrets))
 
 
 def test_certificate_for_another_host_is_refused(
