@@ -84,7 +84,7 @@ class ActorSpec:
     """Seed of the run; every environment and policy draws its own from it."""
     policy: str = "dreamer.policy:Policy"
     """module:factory, called as factory(agent, obs_space, action_space, seed=…)."""
-    mode: Literal["sample", "greedy"] = "sample"
+    mode: Literal["sample", "explore", "greedy"] = "explore"
     """How actions are chosen."""
     lockstep: bool = False
     """Step only when `collect` asks for it."""
