@@ -62,6 +62,12 @@ class Crew:
         """Return what every actor says about itself."""
         return self._fleet.stats() if self._fleet is not None else []
 
+    def summary(self) -> dict[str, Any]:
+        """Return what `actors.metrics.FleetMetrics` exports, before the actors start too."""
+        if self._fleet is not None:
+            return self._fleet.summary()
+        return {"desired": self._actors, "states": {}, "restarts": {}, "quarantined": 0}
+
     def stop(self, drain_s: float) -> None:
         """Stop the actors."""
         if self._fleet is not None:

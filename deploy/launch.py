@@ -111,6 +111,7 @@ def train(config: TrainConfig) -> int:
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
         stack.callback(learner.recorder.close)
+        export_fleet(learner, fleet)
         resume(learner, run)
         stack.callback(fleet.stop, DRAIN_S)
         fleet.start(learner.stop.set)
@@ -289,6 +290,13 @@ def make_learner(
         recorder=recorder,
         fence=fence,
     )
+
+
+def export_fleet(learner: Learner, fleet: Crew) -> None:
+    """Serve the metrics of the fleet at the learner's port: this process supervises it."""
+    from actors.metrics import FleetMetrics
+
+    learner.recorder.exporter.registry.register(FleetMetrics(fleet.summary))
 
 
 def resume(learner: Learner, run: Path) -> None:

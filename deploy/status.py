@@ -42,6 +42,9 @@ def status(options: StatusOptions) -> int:
     else:
         state = _state(snapshot, options.run_dir)
         console().print(view(snapshot, f"{options.run_dir} · {config.env} · {state}"))
+        if snapshot["alive"] and snapshot.get("metrics_port"):
+            url = f"http://127.0.0.1:{snapshot['metrics_port']}/metrics"
+            console().print(f"metrics of the learner: {url}", highlight=False, soft_wrap=True)
     return 0 if snapshot["alive"] or snapshot.get("phase") in ENDED[:2] else 1
 
 

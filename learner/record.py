@@ -147,6 +147,7 @@ class Recorder:
             pid=os.getpid(),
             started_at=self.started_at,
             per_actor=self.actors,
+            metrics_port=self.port,
         )
 
     def close(self) -> None:

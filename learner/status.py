@@ -54,6 +54,8 @@ class Snapshot:
     """Wall-clock time at which this process started, in seconds."""
     per_actor: list[dict[str, Any]] = field(default_factory=list)
     """What each actor says about itself."""
+    metrics_port: int | None = None
+    """Loopback port of the learner's Prometheus metrics; None while they are not served."""
 
 
 def write_status(path: Path, snapshot: Snapshot) -> None:

@@ -39,6 +39,25 @@ def test_running_run_is_alive(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "running" in capsys.readouterr().out
 
 
+def test_running_run_says_where_its_metrics_are(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, pid=os.getpid(), metrics_port=9123)
+    status(StatusOptions(run_dir=run))
+    assert "http://127.0.0.1:9123/metrics" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "facts", [{"metrics_port": None}, {"metrics_port": 9123, "phase": "stopped"}]
+)
+def test_metrics_that_nobody_serves_are_not_shown(
+    run: Path, capsys: pytest.CaptureFixture[str], facts: dict[str, Any]
+) -> None:
+    write(run, pid=os.getpid(), **facts)
+    status(StatusOptions(run_dir=run))
+    assert "/metrics" not in capsys.readouterr().out
+
+
 def test_killed_run_is_reported_as_dead_with_how_to_continue(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
