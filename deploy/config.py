@@ -48,7 +48,7 @@ class TrainConfig:
     pro-v3-dmc-vision."""
     size: str = "200m"
     """Model size that sets all widths: 1m, 12m, 25m, 50m, 100m, 200m or 400m as published (the name
-    is the number of parameters), tiny for vectors on a CPU, debug for tests. The earlier agents have
+    is the number of parameters), tiny for vectors on a CPU, debug for tests. Earlier agents have
     dmc, atari and full (v2) or xs, s, m, l and xl (v3-2023). Single widths can be changed on top
     (--agent.*)."""
     run_dir: Path | None = None
