@@ -36,9 +36,9 @@ def test_an_unknown_size_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unknown_agent_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown agent 'v9'; choose one of v3"):
+    with pytest.raises(ValueError, match="unknown agent 'v9'; choose one of .*v1, v2, .*v3"):
         agent_config("v9")
-    with pytest.raises(ValueError, match="unknown agent 'v9'; choose one of v3"):
+    with pytest.raises(ValueError, match="unknown agent 'v9'; choose one of .*v1, v2, .*v3"):
         agent_class("v9")
 
 
