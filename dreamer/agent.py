@@ -136,6 +136,15 @@ class Agent(nn.Module):
         """Return the world model's losses, each (B, T) or already a mean."""
         raise NotImplementedError
 
+    def kl_metrics(self, name: str, kl: Tensor, rollout: Rollout) -> Metrics:
+        """Return the mean KL and the entropies of both distributions in nats, without gradient."""
+        entropy = self.rssm.latent.entropy
+        return {
+            f"kl_nats/{name}": kl.detach().mean(),
+            "kl_nats/prior_entropy": entropy(rollout.prior.detach()).mean(),
+            "kl_nats/post_entropy": entropy(rollout.post.detach()).mean(),
+        }
+
     @property
     def horizon(self) -> int:
         """Imagined steps H."""

@@ -105,10 +105,7 @@ class DreamerV1(Agent):
         kl = latent.kl(rollout.post, rollout.prior)
         losses["kl"] = ops.free_nats_of_mean(kl, config.free_nats)
         metrics = {f"loss/rec_{key}": value.detach().mean() for key, value in keys.items()}
-        metrics["kl_nats/kl"] = kl.detach().mean()
-        metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
-        metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
-        return losses, metrics
+        return losses, metrics | self.kl_metrics("kl", kl, rollout)
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory

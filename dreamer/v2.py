@@ -111,10 +111,7 @@ class DreamerV2(Agent):
         rep = latent.kl(rollout.post, rollout.prior.detach())
         losses["dyn"] = ops.free_nats_of_mean(dyn, config.free_nats)
         losses["rep"] = ops.free_nats_of_mean(rep, config.free_nats)
-        metrics["kl_nats/dyn"] = dyn.detach().mean()
-        metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
-        metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
-        return losses, metrics
+        return losses, metrics | self.kl_metrics("dyn", dyn, rollout)
 
     def representation_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
         """Return the reconstruction of every key, each in its metrics too."""

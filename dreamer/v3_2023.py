@@ -117,10 +117,7 @@ class DreamerV3Of2023(Agent):
         losses["dyn"] = ops.free_nats_per_element(dyn, self.config.free_nats)
         losses["rep"] = ops.free_nats_per_element(rep, self.config.free_nats)
         metrics = {f"loss/rec_{key}": value.detach().mean() for key, value in keys.items()}
-        metrics["kl_nats/dyn"] = dyn.detach().mean()
-        metrics["kl_nats/prior_entropy"] = latent.entropy(rollout.prior.detach()).mean()
-        metrics["kl_nats/post_entropy"] = latent.entropy(rollout.post.detach()).mean()
-        return losses, metrics
+        return losses, metrics | self.kl_metrics("dyn", dyn, rollout)
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
