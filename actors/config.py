@@ -21,6 +21,10 @@ class ActorConfig:
     """Seconds without an answer after which an environment's process is killed and restarted."""
     start_timeout_s: float = 120.0
     """Seconds that an environment's process may take to start and to make the environment."""
+    late_after_s: float = 1.0
+    """Seconds for which one environment without an answer holds up the others of its actor; then
+    they go on without it until it answers. Environments in the actor's process cannot be left
+    behind (isolation inline)."""
     max_failures: int = 10
     """Failures of one environment (crash, hang, invalid observation or reward) in a row, with no
     valid step between them, after which its actor gives up."""
@@ -30,7 +34,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         if self.isolation not in ("process", "inline"):
             raise ValueError(f"--actor.isolation must be process or inline, got {self.isolation!r}")
-        for name in ("hang_timeout_s", "start_timeout_s", "max_policy_age_s"):
+        for name in ("hang_timeout_s", "start_timeout_s", "late_after_s", "max_policy_age_s"):
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--actor.{flag} must be above 0, got {getattr(self, name)}")

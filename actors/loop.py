@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.worker import Failure, Observation, Outcome, Ready, Worker
+from actors.worker import Failure, Observation, Ready, Worker
 from dreamer.spaces import ActionSpace, ObsSpace, record_column
 from dreamer.weights import Version
 
@@ -30,8 +31,17 @@ class ActingPolicy(Protocol):
 
     version: Version
 
-    def step(self, obs: Arrays, is_first: NDArray[np.bool_], mode: str) -> tuple[Arrays, Arrays]:
-        """Choose actions for K environments; returns actions and latents, both {key: (K, …)}."""
+    def step(
+        self,
+        obs: Arrays,
+        is_first: NDArray[np.bool_],
+        mode: str,
+        held: NDArray[np.bool_] | None = None,
+    ) -> tuple[Arrays, Arrays]:
+        """Choose actions for K environments; returns actions and latents, both {key: (K, …)}.
+
+        Where `held` (K,) is True nothing is wanted, and the recurrent state must stay as it is.
+        """
         ...
 
 
@@ -76,6 +86,8 @@ class LoopStats:
     rejected: Counter[str] = field(default_factory=Counter)
     """Answers that broke the environment's contract, by what was wrong with them. Like a restart,
     each one during an episode cut it off as truncated."""
+    late: int = 0
+    """How often the others went on without an environment that was slow to answer."""
     policy_s: float = 0.0
     """Seconds in the policy."""
     env_s: float = 0.0
@@ -86,6 +98,16 @@ class LoopStats:
     """Monotonic time of the last completed step."""
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What an environment was asked for, and what the record that waits for its answer needs."""
+
+    reset: bool
+    action: Arrays
+    latents: Arrays
+    version: Version
+
+
 @dataclass
 class _Place:
     """One environment and what is known about it."""
@@ -94,11 +116,18 @@ class _Place:
     seed: int
     live: bool = False
     """Whether it has shown an observation that the policy may answer."""
+    asked: _Request | None = None
+    """The request that it has not answered yet."""
     starts: int = 0
     failures: int = 0
     """Failures since its last good step."""
     ret: float = 0.0
     length: int = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the policy may choose its next action."""
+        return self.live and self.asked is None
 
 
 class ActingLoop:
@@ -112,8 +141,9 @@ class ActingLoop:
            environment fails instead (crash, hang, invalid observation), the record becomes the end
            of its episode: is_last without is_terminal, zero action. So no episode is left open
            inside a stream, and nothing invalid is written.
-        3. While an environment is made again, the others go on. (One that is slow to answer holds
-           the others up until it answers or its worker gives it up.)
+        3. While an environment is made again, the others go on. One that is slow to answer holds
+           them up for at most `late_after_s`; from then on it is left out of the steps, with its
+           recurrent state kept as it is, until it answers or its worker gives it up.
         4. Every record carries the version of the policy that chose its action.
 
     Args:
@@ -125,8 +155,10 @@ class ActingLoop:
         mode: "sample", "explore" or "greedy".
         most_failures: failures of one environment without a good step in between, at which it is
             given up.
-        together: let no environment go on while another one is made again, so that what happens
-            does not depend on how long that takes.
+        late_after_s: seconds for which the others wait for an environment that does not answer.
+            Environments in this process answer before they are asked for it, however long it takes.
+        together: let no environment go on while another one is late or made again, so that what
+            happens does not depend on how long that takes.
         stop: makes the loop leave with LoopStopped where it waits for an environment.
         observer: is told about steps and episodes.
     """
@@ -142,6 +174,7 @@ class ActingLoop:
         action_space: ActionSpace,
         mode: str = "sample",
         most_failures: int = 10,
+        late_after_s: float = math.inf,
         together: bool = False,
         stop: threading.Event | None = None,
         observer: LoopObserver | None = None,
@@ -154,6 +187,7 @@ class ActingLoop:
         self._spaces = (obs_space, action_space)
         self._policy, self._writers, self._mode = policy, writers, mode
         self._most_failures, self._together = most_failures, together
+        self._late_after_s = math.inf if together else late_after_s
         self._stop, self._observer = stop or threading.Event(), observer
         self._obs = _zeros(obs_space, count)
         self._zero_action = {key: array[0] for key, array in _zeros(action_space, 1).items()}
@@ -177,79 +211,106 @@ class ActingLoop:
             self._await_start(index)
 
     def step(self) -> None:
-        """Take one step in every live environment and write the records that this completes.
+        """Take one step in every environment that is ready, and write the records this completes.
 
-        Blocks for the policy, the slowest environment, and while a writer has no room.
+        Blocks for the policy, the slowest environment (see `late_after_s`), and while a writer has
+        no room.
 
         Raises:
             EnvironmentLost: an environment fails again and again.
             LoopStopped: told to stop.
             ReplayError: whatever the writers raise.
         """
-        self._revive()
         begin, written_s = time.monotonic(), self.stats.write_s
-        live = [index for index, place in enumerate(self._places) if place.live]
-        actions, latents = self._policy.step(self._obs, self._flags["is_first"], self._mode)
+        self._catch_up()
+        ready = [index for index, place in enumerate(self._places) if place.ready]
+        held = np.array([place.asked is not None for place in self._places])
+        before = time.monotonic()
+        actions, latents = self._policy.step(
+            self._obs, self._flags["is_first"], self._mode, held if held.any() else None
+        )
         chosen = time.monotonic()
-        for index in live:
-            worker = self._places[index].worker
+        for index in ready:
+            self._ask(index, actions, latents)
+        for index in ready:
             if self._flags["is_last"][index]:
-                worker.reset(None)
-            else:
-                worker.step({key: array[index] for key, array in actions.items()})
-        for index in live:
-            self._advance(index, actions, latents)
-        self._account(chosen - begin, self.stats.write_s - written_s, time.monotonic() - chosen)
+                # What a reset answers changes nothing about the record before it.
+                self._write(index, self._zero_action)
+        for index in ready:
+            self._await_answer(index, chosen + self._late_after_s)
+        policy_s, write_s = chosen - before, self.stats.write_s - written_s
+        self._account(policy_s, write_s, time.monotonic() - begin - policy_s - write_s)
 
-    def _account(self, policy_s: float, write_s: float, rest_s: float) -> None:
+    def _account(self, policy_s: float, write_s: float, env_s: float) -> None:
         self.stats.policy_s += policy_s
-        self.stats.env_s += rest_s - write_s
+        self.stats.env_s += env_s
         self.stats.last_step_at = time.monotonic()
         if self._observer is not None:
-            self._observer.step(policy_s=policy_s, env_s=rest_s - write_s, write_s=write_s)
+            self._observer.step(policy_s=policy_s, env_s=env_s, write_s=write_s)
 
-    def _advance(self, index: int, actions: Arrays, latents: Arrays) -> None:
-        """Receive one environment's answer and write the record that came before it."""
-        was_last = bool(self._flags["is_last"][index])
-        if was_last:
-            # What a reset answers changes nothing about the record before it.
-            self._write(index, self._zero_action, latents)
-        outcome = self._receive(index)
-        if isinstance(outcome, Observation):
-            if not was_last:
-                self._write(index, {key: array[index] for key, array in actions.items()}, latents)
-                self._places[index].failures = 0
-            self._take(index, outcome, first=was_last)
-            return
-        assert isinstance(outcome, Failure), outcome
-        if not was_last:
-            self._flags["is_last"][index] = True
-            self._write(index, self._zero_action, latents)
-        self._recover(index, outcome)
+    def _ask(self, index: int, actions: Arrays, latents: Arrays) -> None:
+        """Ask one environment for a step, or for a reset where its episode is over."""
+        place, over = self._places[index], bool(self._flags["is_last"][index])
+        place.asked = _Request(
+            reset=over,
+            action={key: array[index] for key, array in actions.items()},
+            latents={key: array[index] for key, array in latents.items()},
+            version=self._policy.version,
+        )
+        if over:
+            place.worker.reset(None)
+        else:
+            place.worker.step(place.asked.action)
 
-    def _receive(self, index: int) -> Outcome:
-        worker = self._places[index].worker
-        while (outcome := worker.receive(_PATIENCE_S)) is None:
+    def _await_answer(self, index: int, deadline: float) -> None:
+        """Take one environment's answer, unless it is late."""
+        while not self._take_answer(index, min(_PATIENCE_S, max(deadline - time.monotonic(), 0.0))):
+            if time.monotonic() >= deadline:
+                self.stats.late += 1
+                return
+
+    def _take_answer(self, index: int, timeout_s: float) -> bool:
+        """Write the record that waited for an environment's answer, if that has come."""
+        place = self._places[index]
+        outcome = place.worker.receive(timeout_s)
+        if outcome is None:
             self._heed_stop()
-        return outcome
+            return False
+        asked = place.asked
+        assert asked is not None
+        if isinstance(outcome, Observation):
+            if not asked.reset:
+                self._write(index, asked.action)
+                place.failures = 0
+            self._take(index, outcome, first=asked.reset)
+            return True
+        assert isinstance(outcome, Failure), outcome
+        if not asked.reset:
+            self._flags["is_last"][index] = True
+            self._write(index, self._zero_action)
+        self._recover(index, outcome)
+        return True
 
     def _heed_stop(self) -> None:
         if self._stop.is_set():
             raise LoopStopped
 
-    def _revive(self) -> None:
-        """Let environments that are being made again make progress; wait if none is live."""
-        if all(place.live for place in self._places):
+    def _catch_up(self) -> None:
+        """Take what late or restarting environments have to say; wait if none is ready."""
+        if all(place.ready for place in self._places):
             return
         if self._together:
             for index in range(len(self._places)):
                 self._await_start(index)
         while True:
-            any_live = any(place.live for place in self._places)
+            any_ready = any(place.ready for place in self._places)
+            timeout_s = 0.0 if any_ready else _PATIENCE_S / len(self._places)
             for index, place in enumerate(self._places):
-                if not place.live:
-                    self._proceed(index, 0.0 if any_live else _PATIENCE_S / len(self._places))
-            if any_live:
+                if place.live and place.asked is not None:
+                    self._take_answer(index, timeout_s)
+                elif not place.live:
+                    self._proceed(index, timeout_s)
+            if any_ready:
                 return
 
     def _await_start(self, index: int) -> None:
@@ -272,7 +333,7 @@ class ActingLoop:
     def _recover(self, index: int, failure: Failure) -> None:
         """Count a failure and begin to replace what failed."""
         place = self._places[index]
-        place.live, place.failures = False, place.failures + 1
+        place.live, place.asked, place.failures = False, None, place.failures + 1
         # The policy steps all K states; this one starts over until there is something to see.
         self._flags["is_first"][index] = True
         rejected, reason = failure.reason == "rejected", failure.label
@@ -305,7 +366,7 @@ class ActingLoop:
             )
 
     def _take(self, index: int, seen: Observation, *, first: bool) -> None:
-        self._places[index].live = True
+        self._places[index].live, self._places[index].asked = True, None
         for key, array in self._obs.items():
             array[index] = seen.obs[key]
         self._reward[index] = 0.0 if first else seen.reward
@@ -313,16 +374,14 @@ class ActingLoop:
         self._flags["is_terminal"][index] = seen.terminated and not first
         self._flags["is_last"][index] = (seen.terminated or seen.truncated) and not first
 
-    def _write(self, index: int, action: dict[str, Any], latents: Arrays) -> None:
-        begin = time.monotonic()
+    def _write(self, index: int, action: Arrays) -> None:
+        begin, asked = time.monotonic(), self._places[index].asked
+        assert asked is not None
         record: dict[str, Any] = {key: array[index] for key, array in self._obs.items()}
         record["reward"] = self._reward[index]
         for name, flags in self._flags.items():
             record[name] = flags[index]
-        record |= action
-        for key, array in latents.items():
-            record[key] = array[index]
-        self._writers[index].append(record, self._policy.version)
+        self._writers[index].append(record | action | asked.latents, asked.version)
         self.stats.write_s += time.monotonic() - begin
         self.stats.env_steps[index] += 1
         self._track_episode(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -215,6 +216,8 @@ class _Actor:
             self._source,
         )
         stack.callback(self._actor.stop, drain=False)
+        stack.callback(self._source.closed.set)
+        self._pause = threading.Event()
 
     def rate(self, seconds: float) -> float:
         """Return records/s while inserts are admitted."""
@@ -223,7 +226,7 @@ class _Actor:
         start = self._steps()
         self._until(lambda: self._steps() > start)
         begin, before = time.perf_counter(), self._steps()
-        time.sleep(seconds)
+        self._pause.wait(seconds)
         rate = (self._steps() - before) / (time.perf_counter() - begin)
         self._client.settle(self._fence, 0, 1)
         self._until(lambda: bool(self._actor.stats()["blocked"]))
@@ -238,7 +241,7 @@ class _Actor:
             stats = self._actor.stats()
             if stats["error"] or time.monotonic() > deadline:
                 raise RuntimeError(f"the actor does not act: {stats}")
-            time.sleep(0.001)
+            self._pause.wait(0.001)
 
 
 class _Newest:
@@ -248,11 +251,13 @@ class _Newest:
         self._tensors = make_agent(agent, obs_space, action_space).policy_tensors()
         self._weights = pack(self._tensors, (1, 0))
         self._update = 0
+        self.closed = threading.Event()
+        """Set when nobody wants weights any more."""
 
     def fetch(self, newer_than: Version, timeout_s: float) -> PackedWeights | None:
         """Return the first weights at once, and newer ones every two seconds."""
-        if newer_than >= (1, 0):
-            time.sleep(2.0)
+        if newer_than >= (1, 0) and self.closed.wait(min(timeout_s, 2.0)):
+            return None
         self._update += 1
         manifest = {**self._weights.manifest, "version": [1, self._update]}
         return PackedWeights(buffer=self._weights.buffer, manifest=manifest)

@@ -19,6 +19,7 @@ from dreamer.weights import PackedWeights, Version, WeightsError
 __all__ = ["Policy", "record_columns"]
 
 Arrays = dict[str, NDArray[Any]]
+State = tuple[Tensor, Tensor, Tensor]
 MODES = ("sample", "explore", "greedy")
 
 
@@ -40,7 +41,7 @@ class Policy(nn.Module):
         self.version: Version = (-1, -1)
         # Sampling draws from torch's global generator, so the stream of this policy is kept apart.
         self._random = torch.Generator().manual_seed(seed).get_state()
-        self._state: tuple[Tensor, Tensor, Tensor] | None = None
+        self._state: State | None = None
 
     def load(self, weights: PackedWeights) -> None:
         """Swap in new weights, all or none.
@@ -64,7 +65,11 @@ class Policy(nn.Module):
 
     @torch.inference_mode()
     def step(
-        self, obs: Mapping[str, NDArray[Any]], is_first: NDArray[np.bool_], mode: str = "sample"
+        self,
+        obs: Mapping[str, NDArray[Any]],
+        is_first: NDArray[np.bool_],
+        mode: str = "sample",
+        held: NDArray[np.bool_] | None = None,
     ) -> tuple[Arrays, Arrays]:
         """Choose actions for K environments.
 
@@ -73,6 +78,9 @@ class Policy(nn.Module):
             is_first: (K,) bool; there the recurrent state and previous action start over.
             mode: "sample" from the policy, "explore" by a sample and what the paper's actors add to
                 it, or the policy's "greedy" mode.
+            held: (K,) bool; there nothing is decided and the recurrent state stays as it is, which
+                is how an environment is left out of a batch whose shape never changes. What is
+                returned for it means nothing.
 
         Returns:
             Actions {key: (K, …)} in record form, and the latent after seeing ``obs`` in record
@@ -88,6 +96,7 @@ class Policy(nn.Module):
                 initial.stoch.flatten(1),
                 torch.zeros(count, self.codec.size),
             )
+        before = self._state
         outer = torch.get_rng_state()
         torch.set_rng_state(self._random)
         try:
@@ -97,7 +106,18 @@ class Policy(nn.Module):
             torch.set_rng_state(outer)
         # Copies, because the recurrent state keeps the action for the next step.
         actions = {key: value.numpy().copy() for key, value in self.codec.record(action).items()}
-        return actions, self._record()
+        latents = self._record()
+        if held is not None:
+            self._hold(before, torch.from_numpy(np.array(held))[:, None])
+        return actions, latents
+
+    def _hold(self, before: State, held: Tensor) -> None:
+        """Put back what the states of some environments were before a step."""
+        assert self._state is not None
+        deter, stoch, action = (
+            torch.where(held, old, new) for old, new in zip(before, self._state, strict=True)
+        )
+        self._state = (deter, stoch, action)
 
     def _step(self, obs: Mapping[str, NDArray[Any]], is_first: Tensor, mode: str) -> Tensor:
         assert self._state is not None

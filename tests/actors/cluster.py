@@ -41,7 +41,7 @@ class Still:
         self.version = weights.version
 
     def step(
-        self, obs: dict[str, Any], is_first: Any, mode: str
+        self, obs: dict[str, Any], is_first: Any, mode: str, held: Any = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Choose action 1 everywhere."""
         return {"action": np.ones(len(is_first), np.int32)}, {}

@@ -98,6 +98,15 @@ class Hangs(Steady):
         return super().step(action)
 
 
+class Slow(Steady):
+    """Takes its time for every step."""
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Count a step, slowly."""
+        time.sleep(0.05)
+        return super().step(action)
+
+
 class CannotBeMade(Steady):
     """Fails when it is made."""
 

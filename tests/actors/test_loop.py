@@ -46,11 +46,13 @@ class Echo:
 
     def __init__(self) -> None:
         self.calls: list[tuple[NDArray[Any], NDArray[np.bool_]]] = []
+        self.held: list[Any] = []
 
     def step(
-        self, obs: dict[str, NDArray[Any]], is_first: NDArray[np.bool_], mode: str
+        self, obs: dict[str, NDArray[Any]], is_first: NDArray[np.bool_], mode: str, held: Any = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Choose actions."""
+        self.held.append(held)
         self.calls.append((obs["vector"].copy(), is_first.copy()))
         answer = obs["vector"][:, 1].astype(np.int32) % 3 + 1
         return {"action": answer}, {"deter": obs["vector"].astype(np.float16)}
@@ -158,6 +160,45 @@ def test_others_go_on_while_a_dead_or_hung_environment_is_made_again(
     assert loop.stats.restarts == {reason: 2}
     # The process takes far longer to start than the healthy environment takes for a step.
     assert len(good.records) > 3 * len(bad.records)
+
+
+@pytest.mark.integration
+def test_others_go_on_while_one_environment_hangs(closing: list[Worker]) -> None:
+    closing += [isolated(shaky.Hangs, hang_timeout_s=1.5), isolated(shaky.Steady)]
+    loop, (bad, good), policy = make_loop(closing, late_after_s=0.05)
+    while not loop.stats.late:
+        loop.step()
+    at, deadline = len(good.records), time.monotonic() + 60.0
+    while not loop.stats.restarts and time.monotonic() < deadline:
+        loop.step()
+    # All of these were written while the other one hung; without the limit there would be none.
+    assert len(good.records) - at > 20
+    assert policy.held[-2].tolist() == [True, False] and policy.held[-1] is None
+    check_episodes(bad.records)
+    check_episodes(good.records)
+    assert bad.flags("is_last") == [2] and not bad.flags("is_terminal")
+    assert loop.stats.restarts == {"hang": 1}
+
+
+@pytest.mark.integration
+def test_slow_environment_loses_nothing_by_being_left_behind(closing: list[Worker]) -> None:
+    closing += [isolated(shaky.Slow, hang_timeout_s=30.0), isolated(shaky.Steady)]
+    loop, (slow, good), policy = make_loop(closing, late_after_s=0.01)
+    deadline = time.monotonic() + 60.0
+    while len(slow.records) < 2 * (LENGTH + 1) and time.monotonic() < deadline:
+        policy.version = (1, policy.version[1] + 1)
+        loop.step()
+    check_episodes(slow.records)
+    check_episodes(good.records)
+    assert [record["vector"].tolist() for record in slow.records] == [
+        [episode, step] for episode in range(2) for step in range(LENGTH + 1)
+    ]
+    assert len(good.records) > 2 * len(slow.records) and not loop.stats.restarts
+    # A record carries the version that chose its action, not the one at the time of its answer.
+    chosen = [version for _, version in slow.versions]
+    assert chosen == sorted(chosen) and len(set(chosen)) == len(chosen)
+    asked = [call for call, held in enumerate(policy.held, 3) if held is None or not held[0]]
+    assert chosen == asked[: len(chosen)]
 
 
 def test_together_means_that_nobody_goes_on_alone() -> None:

@@ -248,3 +248,14 @@ def test_asking_for_the_columns_of_a_record_moves_no_random_numbers() -> None:
     assert [column for column in columns if column[1] == "bool"] == [
         (name, "bool", ()) for name in flags
     ]
+
+
+def test_a_held_environment_keeps_its_state_while_the_others_go_on() -> None:
+    policy = make_policy()
+    run(policy, VECTOR, 3)
+    before = policy._state
+    policy.step(random_obs(VECTOR, (3,), seed=9), first(3, False), held=np.array([1, 1, 0], bool))
+    assert before is not None and policy._state is not None
+    for old, new in zip(before[:2], policy._state[:2], strict=True):
+        assert torch.equal(old[:2], new[:2]) and not torch.equal(old[2], new[2])
+    assert torch.equal(before[2][:2], policy._state[2][:2])

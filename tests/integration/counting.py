@@ -89,12 +89,17 @@ class CountingPolicy:
         self.version = weights.version
 
     def step(
-        self, obs: dict[str, NDArray[Any]], is_first: NDArray[np.bool_], mode: str
+        self,
+        obs: dict[str, NDArray[Any]],
+        is_first: NDArray[np.bool_],
+        mode: str,
+        held: NDArray[np.bool_] | None = None,
     ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Choose actions for K environments."""
         if len(self._count) != len(is_first):
             self._count = np.zeros(len(is_first), np.int64)
-        self._count = np.where(is_first, 0, self._count + 1)
+        count = np.where(is_first, 0, self._count + 1)
+        self._count = count if held is None else np.where(held, self._count, count)
         return {"action": obs["vector"].astype(np.int32)}, {
             "deter": self._count[:, None].astype(np.float16)
         }
