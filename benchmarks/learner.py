@@ -157,6 +157,7 @@ def _split(step: Any, repeats: int) -> dict[str, float]:
         times[name].append(1000 * (time.perf_counter() - begin))
         return result
 
+    fine = torch.tensor(True, device=step.device)
     for _ in range(repeats):
         batch = timed("data", lambda: make_batch(step.sample(), agent))
         rollout = timed("observe", partial(agent.observe, batch))
@@ -167,7 +168,7 @@ def _split(step: Any, repeats: int) -> dict[str, float]:
         (group,) = agent.groups()
         gradient = partial(torch.autograd.grad, total, group.params, materialize_grads=True)
         grads = timed("backward", gradient)
-        timed("optimiser", partial(group.optimiser.step, list(grads)))
+        timed("optimiser", partial(group.optimiser.step, list(grads), fine))
     return {name: median(values) for name, values in times.items()}
 
 

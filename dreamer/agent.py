@@ -16,6 +16,7 @@ from dreamer.batch import Batch
 from dreamer.config import AgentConfig
 from dreamer.decoder import Decoder
 from dreamer.encoder import Encoder
+from dreamer.normalize import PercentileScale
 from dreamer.presets import AGENTS
 from dreamer.rssm import RSSM, State
 from dreamer.spaces import ActionSpace, ObsSpace, record_column
@@ -49,8 +50,8 @@ class Trajectory(NamedTuple):
 class Optimiser(Protocol):
     """What a group needs from its optimiser."""
 
-    def step(self, grads: list[Tensor]) -> Metrics:
-        """Apply one update in place."""
+    def step(self, grads: list[Tensor], apply: Tensor) -> Metrics:
+        """Apply one update in place where ``apply``, a 0-d bool, is true; else change nothing."""
 
 
 class PolicyParts(NamedTuple):
@@ -102,10 +103,15 @@ class Agent(nn.Module):
     def update(self, batch: Batch) -> tuple[Metrics, dict[str, Tensor]]:
         """Train on one batch, without synchronising with the host.
 
+        An update with a non-finite loss or gradient changes no parameter, no moment and no running
+        scale.
+
         Returns:
-            Metrics as 0-d tensors on the device, and the recomputed latents of the batch
-            ``{"deter": (B, T, D), "stoch": (B, T, S)}`` in the types of the replay record.
+            Metrics as 0-d tensors on the device, with ``finite`` (bool) among them, and the
+            recomputed latents of the batch ``{"deter": (B, T, D), "stoch": (B, T, S)}`` in the
+            types of the replay record.
         """
+        scales = [(scale, scale.clone()) for scale in self._running_scales()]
         # One autocast context per phase: its cache of cast weights must not carry a cast made
         # without gradient, in imagination, over to a phase that needs the gradient.
         with self._precision(batch):
@@ -118,8 +124,14 @@ class Agent(nn.Module):
         losses |= behaviour
         metrics |= more | {f"loss/{name}": value.detach().mean() for name, value in losses.items()}
         metrics |= self.optimise(losses)
+        for scale, before in scales:
+            scale.copy_(torch.where(metrics["finite"], scale, before))
         self.update_slow()
         return metrics, self.to_record(rollout.states)
+
+    def _running_scales(self) -> list[Tensor]:
+        parts = [part for part in self.modules() if isinstance(part, PercentileScale)]
+        return [buffer for part in parts for buffer in part.buffers()]
 
     def _precision(self, batch: Batch) -> AbstractContextManager[object]:
         if self.amp is None:
@@ -200,7 +212,7 @@ class Agent(nn.Module):
             setattr(owner, name, compiled)
 
     def optimise(self, losses: Losses) -> Metrics:
-        """Step every group on the scaled sum of its losses' means."""
+        """Step every group on the scaled sum of its losses' means, or none if one is not finite."""
         groups = self.groups()
         named = [name for group in groups for name in group.losses]
         assert sorted(named) == sorted(losses), (sorted(named), sorted(losses))
@@ -215,9 +227,11 @@ class Agent(nn.Module):
             )
             for group in groups
         ]
-        metrics: Metrics = {}
+        checked = [*losses.values(), *(grad for given in grads for grad in given)]
+        finite = torch.stack(torch._foreach_norm([x.detach() for x in checked])).isfinite().all()
+        metrics: Metrics = {"finite": finite}
         for group, grad in zip(groups, grads, strict=True):
-            found = group.optimiser.step(list(grad))
+            found = group.optimiser.step(list(grad), finite)
             metrics |= {f"{key}/{group.name}" if group.name else key: x for key, x in found.items()}
         return metrics
 

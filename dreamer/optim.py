@@ -1,4 +1,9 @@
-"""Optimisers as modules: their state is buffers, so it moves, saves and loads with the agent."""
+"""Optimisers as modules: their state is buffers, so it moves, saves and loads with the agent.
+
+A step takes a 0-d flag that says whether it counts. It is a number on the device and not a branch
+on the host, so that an update with a non-finite gradient can be skipped inside a CUDA graph:
+nothing then changes, neither parameters nor moments nor the count of steps.
+"""
 
 from __future__ import annotations
 
@@ -45,24 +50,24 @@ class LaProp(nn.Module):
         return self.lr * (self.count / self.warmup).clamp(max=1.0)
 
     @torch.no_grad()
-    def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
-        """Apply one update in place and return metrics as 0-d tensors."""
+    def step(self, grads: list[Tensor], apply: Tensor) -> dict[str, Tensor]:
+        """Apply one update in place, if ``apply`` (0-d bool) says so; return 0-d metrics."""
         params: list[Tensor] = list(self._params)
         squares = [getattr(self, f"square_{i}") for i in range(len(params))]
         momenta = [getattr(self, f"momentum_{i}") for i in range(len(params))]
-        rate = self.rate()
-        self.count += 1
-        grads, clipped, norm = self._clip(params, grads)
-        torch._foreach_mul_(squares, self.beta2)
+        rate, count = self.rate(), self.count + 1
+        self.count += apply
+        grads, clipped, norm = self._clip(params, _masked(grads, apply))
+        torch._foreach_mul_(squares, _if(apply, self.beta2, 1.0))
         torch._foreach_addcmul_(squares, grads, grads, 1.0 - self.beta2)
-        unbias = (1.0 - self.beta2**self.count).float()
+        unbias = (1.0 - self.beta2**count).float()
         roots = torch._foreach_div(squares, unbias)
         torch._foreach_sqrt_(roots)
         torch._foreach_add_(roots, self.eps)
         torch._foreach_div_(grads, roots)
-        torch._foreach_mul_(momenta, self.beta1)
+        torch._foreach_mul_(momenta, _if(apply, self.beta1, 1.0))
         torch._foreach_add_(momenta, grads, alpha=1.0 - self.beta1)
-        scale = (rate / (1.0 - self.beta1**self.count)).float()
+        scale = (rate / (1.0 - self.beta1**count)).float() * apply
         steps = list(torch._foreach_mul(momenta, -scale))
         torch._foreach_add_(params, steps)
         update = torch.stack(torch._foreach_norm(steps)).norm()
@@ -122,20 +127,23 @@ class Adam(nn.Module):
         return list(self._params)
 
     @torch.no_grad()
-    def step(self, grads: list[Tensor]) -> dict[str, Tensor]:
-        """Apply one update in place and return metrics as 0-d tensors."""
+    def step(self, grads: list[Tensor], apply: Tensor) -> dict[str, Tensor]:
+        """Apply one update in place, if ``apply`` (0-d bool) says so; return 0-d metrics."""
         params: list[Tensor] = list(self._params)
         squares = [getattr(self, f"square_{i}") for i in range(len(params))]
         momenta = [getattr(self, f"momentum_{i}") for i in range(len(params))]
-        self.count += 1
+        count = self.count + 1
+        self.count += apply
+        grads = _masked(grads, apply)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         factor = self.clip / torch.clamp_min(norm, self.clip)
         grads = list(torch._foreach_mul(grads, factor))
-        torch._foreach_lerp_(momenta, grads, 1.0 - self.beta1)
-        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_mul_(momenta, _if(apply, self.beta1, 1.0))
+        torch._foreach_add_(momenta, grads, alpha=1.0 - self.beta1)
+        torch._foreach_mul_(squares, _if(apply, self.beta2, 1.0))
         torch._foreach_addcmul_(squares, grads, grads, 1.0 - self.beta2)
-        unbias1 = (1.0 - self.beta1**self.count).float()
-        unbias2 = (1.0 - self.beta2**self.count).float().sqrt()
+        unbias1 = (1.0 - self.beta1**count).float()
+        unbias2 = (1.0 - self.beta2**count).float().sqrt()
         roots = list(torch._foreach_sqrt(squares))
         if self.hat:
             torch._foreach_add_(roots, self.eps)
@@ -145,12 +153,22 @@ class Adam(nn.Module):
             torch._foreach_add_(roots, self.eps)
             rate = self.lr / unbias1
         steps = list(torch._foreach_div(momenta, roots))
-        torch._foreach_mul_(steps, -rate)
+        torch._foreach_mul_(steps, -rate * apply)
         if self.decay:
-            torch._foreach_mul_(params, 1.0 - self.decay)
+            torch._foreach_mul_(params, _if(apply, 1.0 - self.decay, 1.0))
         torch._foreach_add_(params, steps)
         return {
             "grad_norm": norm,
             "grad_clip_fraction": (norm > self.clip).float(),
             "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
         }
+
+
+def _if(apply: Tensor, value: float, otherwise: float) -> Tensor:
+    """Return a 0-d float32 that multiplies tensors on the device without asking the host."""
+    return torch.where(apply, value, otherwise).float()
+
+
+def _masked(grads: list[Tensor], apply: Tensor) -> list[Tensor]:
+    """Return zeros in place of gradients that must not count: NaN times 0 would still be NaN."""
+    return [torch.where(apply, grad, 0.0) for grad in grads]

@@ -21,6 +21,7 @@ from learner.config import LearnerConfig
 from learner.pace import Pace
 from learner.publish import Publisher
 from learner.record import Recorder
+from learner.skipped import save_batch
 from learner.status import Snapshot
 from learner.step import UpdateStep
 from learner.video import write_videos
@@ -36,6 +37,8 @@ VIDEO_CONTEXT = 5
 """Frames that a video prediction sees before it imagines."""
 LATENTS = {"deter", "stoch"}
 UNLIMITED = 2**52
+SKIPPED_IN_A_ROW = 3
+"""Updates that may not be finite one after the other before the run ends."""
 
 
 class LearnerError(RuntimeError):
@@ -92,6 +95,7 @@ class Learner:
         self.outcome = ""
         self._values: dict[str, float] = {}
         self.checkpoint_failures = 0
+        self.skipped_updates = 0
         if facts.lockstep:
             # So that what is behind the last row written can be told from it, see `_latents`.
             assert mirror.inserted_steps == 0, "a lockstep learner starts with an empty mirror"
@@ -316,17 +320,30 @@ class Learner:
 
     def _take_metrics(self) -> None:
         """Fetch the metrics since the last time from the device; a diverged run ends here."""
-        values = self.step.take_metrics()
-        if not values:
+        self._values = self.step.take_metrics() or self._values
+        skipped = self.step.take_skipped()
+        if not skipped.updates:
             return
-        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
-        if bad:
+        self.skipped_updates += skipped.updates
+        saved = save_batch(
+            self.facts.directory / "skipped", self.updates, self.step.skipped_window()
+        )
+        log.warning(
+            "updates_skipped count=%d in_a_row=%d total=%d batch=%s reason=%s",
+            skipped.updates,
+            skipped.in_a_row,
+            self.skipped_updates,
+            saved or "none",
+            "a loss or a gradient was not finite",
+        )
+        if skipped.in_a_row >= SKIPPED_IN_A_ROW:
             raise LearnerError(
-                f"training diverged before update {self.updates}: {', '.join(bad[:5])} not finite; "
-                "the last checkpoint is from before: resume it with another --seed, a smaller "
-                "--agent.optim.lr, or --learner.precision fp32"
+                f"training diverged before update {self.updates}: {skipped.in_a_row} updates in a "
+                "row had a loss or a gradient that was not finite, and were skipped"
+                f"{f'; the last batch of them is in {saved}' if saved else ''}. Parameters and "
+                "the last checkpoint are finite: resume it with another --seed, a lower learning "
+                "rate (--agent.optim.*), or --learner.precision fp32"
             )
-        self._values = values
 
     def _export(self) -> None:
         drift = float(self.limiter.drift(self.env_steps, self.updates))
@@ -363,6 +380,7 @@ class Learner:
             "weights_published": stats.published,
             "weights_rejected": stats.rejected,
             "checkpoint_failures": self.checkpoint_failures,
+            "skipped_updates": self.skipped_updates,
         }
         self.recorder.exporter.update(gauges, counters)
         self._logged_update = self.updates

@@ -128,4 +128,5 @@ _COUNTERS = {
     "weights_published": "Publications that the hub accepted.",
     "weights_rejected": "Publications that the hub refused or that failed.",
     "checkpoint_failures": "Checkpoints that could not be written.",
+    "skipped_updates": "Updates skipped because a loss or a gradient was not finite.",
 }

@@ -6,7 +6,7 @@ sets 2·B numbers and replays it.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from learner.batch import make_batch
 from replay_service import storage
 
 Mode = Literal["auto", "eager", "compile", "graph"]
+
+
+class Skipped(NamedTuple):
+    """What happened to the updates since the last time that somebody asked."""
+
+    updates: int
+    """Updates that were skipped because a loss or a gradient was not finite."""
+    in_a_row: int
+    """Length of the longest run of them, earlier ones that it continues included."""
+
 
 # Updates that run uncaptured before the capture: they compile, choose algorithms and allocate.
 WARM_UP = 3
@@ -38,6 +48,8 @@ class UpdateStep:
     1. Never synchronises with the host on the device placement; metrics wait on the device.
     2. A pure function of (agent, mirror, uniforms, explicit starts, seed): no hidden state.
     3. Writes latents back before it returns control of the mirror (`settle`).
+    4. An update that is not finite leaves the agent and the mirror as they were; it is counted on
+       the device, and its rows are kept for `skipped_window`.
     """
 
     def __init__(
@@ -64,7 +76,12 @@ class UpdateStep:
         self._captured: dict[str, Tensor] = {}
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._count, self._calls = 0, 0
+        self._calls = 0
+        # Updates that counted, that were skipped, skipped in a row now, and at most in a row.
+        self._tally = torch.zeros(4, device=self.device)
+        # The rows where the agent can read them: a captured graph cannot reach the host's memory.
+        self._own_rows = self._rows.to(self.device)
+        self._bad_rows = torch.zeros_like(self._own_rows)
         self._graph: Any = None
 
     @property
@@ -95,7 +112,6 @@ class UpdateStep:
             self._graph.replay()
             self._latents = self._captured
         self._calls += 1
-        self._count += 1
 
     def settle(self) -> None:
         """Finish the write-back of a mirror on another device; call before the mirror changes."""
@@ -108,13 +124,33 @@ class UpdateStep:
             self._latents = {}
 
     def take_metrics(self) -> dict[str, float]:
-        """Return the means since the last call, with one transfer, and start over."""
-        if self._sums is None or not self._count:
+        """Return the means over the updates that counted since the last call, and start over.
+
+        One transfer from the device; {} where no update counted.
+        """
+        if self._sums is None:
             return {}
-        means = (self._sums / self._count).tolist()
+        *sums, count = torch.cat([self._sums, self._tally[:1]]).tolist()
         self._sums.zero_()
-        self._count = 0
-        return dict(zip(self._names, means, strict=True))
+        self._tally[0] = 0.0
+        if not count:
+            return {}
+        return {name: total / count for name, total in zip(self._names, sums, strict=True)}
+
+    def take_skipped(self) -> Skipped:
+        """Return how many updates were skipped since the last call, and start over."""
+        _, count, _, longest = self._tally.tolist()
+        self._tally[1] = 0.0
+        self._tally[3] = self._tally[2]
+        return Skipped(int(count), int(longest))
+
+    def skipped_window(self) -> dict[str, Tensor]:
+        """Return the windows of the last update that was skipped, {column: (B, C+T, …)}.
+
+        They are read from the mirror now, so what was evicted since is replaced by newer records.
+        """
+        rows = self._bad_rows.to(self._rows.device)
+        return storage.gather(self.mirror.columns, rows)
 
     def sample(self) -> dict[str, Tensor]:
         """Gather the windows that the current draws select, {column: (B, C+T, …)}."""
@@ -138,19 +174,31 @@ class UpdateStep:
             }
         for key, value in window.items():
             self._staged[key].copy_(value, non_blocking=True)
+        self._own_rows.copy_(self._rows, non_blocking=True)
 
     def _run(self) -> None:
         window = self._staged if self._staged is not None else self.sample()
         metrics, latents = self.agent.update(make_batch(window, self.agent))
+        fine = metrics.pop("finite")
+        context = self.agent.config.context
+        latents = {k: torch.where(fine, x, window[k][:, context:]) for k, x in latents.items()}
+        self._note(fine, metrics)
         if self.remote:
             self._latents = latents
         elif latents:
-            rows = self._rows[:, self.agent.config.context :]
-            storage.write_back(self.mirror.columns, rows, latents)
+            storage.write_back(self.mirror.columns, self._rows[:, context:], latents)
+
+    def _note(self, fine: Tensor, metrics: dict[str, Tensor]) -> None:
         if self._sums is None:
             self._names = list(metrics)
             self._sums = torch.zeros(len(metrics), device=self.device)
-        self._sums += torch.stack([metrics[name].float() for name in self._names])
+        values = torch.stack([metrics[name].float() for name in self._names])
+        self._sums += torch.where(fine, values, 0.0)
+        good, skipped, in_a_row, longest = self._tally.unbind()
+        in_a_row = torch.where(fine, 0.0, in_a_row + 1.0)
+        longest = torch.maximum(longest, in_a_row)
+        self._tally.copy_(torch.stack([good + fine, skipped + ~fine, in_a_row, longest]))
+        self._bad_rows.copy_(torch.where(fine, self._bad_rows, self._own_rows))
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -8,6 +8,8 @@ from torch import nn
 from dreamer.optim import Adam, LaProp
 from tests.dreamer.cases import close, golden
 
+YES = torch.tensor(True)
+
 DEFAULTS: dict[str, Any] = {
     "lr": 4e-5,
     "warmup": 1000,
@@ -38,7 +40,7 @@ def test_ten_steps_equal_a_plain_loop_over_tensors() -> None:
     rng = np.random.default_rng(1)
     for k in range(10):
         grads = [rng.normal(size=v.shape) * 10.0 ** rng.integers(-6, 4) for v in values]
-        optim.step([torch.tensor(g, dtype=torch.float32) for g in grads])
+        optim.step([torch.tensor(g, dtype=torch.float32) for g in grads], YES)
         rate = 0.01 * min(1.0, k / 4)
         for i, g in enumerate(grads):
             limit = 0.3 * max(1e-3, np.linalg.norm(values[i]))
@@ -64,16 +66,16 @@ def test_the_rate_ramps_up_linearly_from_zero() -> None:
 def test_update_zero_moves_nothing_and_update_one_does() -> None:
     param = nn.Parameter(torch.ones(3))
     optim = make([param])
-    assert optim.step([torch.ones(3)])["lr"] == 0.0
+    assert optim.step([torch.ones(3)], YES)["lr"] == 0.0
     assert torch.equal(param.detach(), torch.ones(3))
-    optim.step([torch.ones(3)])
+    optim.step([torch.ones(3)], YES)
     close(param, torch.full((3,), 1 - 4e-8), rtol=1e-7)
 
 
 def test_without_warm_up_the_first_update_has_the_full_rate() -> None:
     param = nn.Parameter(torch.ones(3))
     optim = make([param], lr=0.1, warmup=0)
-    assert optim.step([torch.tensor([1.0, -1.0, 0.0])])["lr"] == pytest.approx(0.1)
+    assert optim.step([torch.tensor([1.0, -1.0, 0.0])], YES)["lr"] == pytest.approx(0.1)
     close(param, [0.9, 1.1, 1.0])
 
 
@@ -99,23 +101,23 @@ def test_small_gradients_are_not_clipped() -> None:
 def test_a_changed_rate_acts_at_once_because_it_multiplies_after_the_momentum() -> None:
     param = nn.Parameter(torch.ones(2))
     optim = make([param], lr=0.1, warmup=0)
-    optim.step([torch.ones(2)])
+    optim.step([torch.ones(2)], YES)
     before, optim.lr = param.detach().clone(), 0.0
-    optim.step([torch.ones(2)])
+    optim.step([torch.ones(2)], YES)
     assert torch.equal(param.detach(), before)
 
 
 def test_zero_gradients_stay_finite() -> None:
     param = nn.Parameter(torch.zeros(3))
     optim = make([param], lr=0.1, warmup=0)
-    metrics = optim.step([torch.zeros(3)])
+    metrics = optim.step([torch.zeros(3)], YES)
     assert not param.any()
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
 def test_metrics_describe_the_step() -> None:
     param = nn.Parameter(torch.tensor([3.0, 4.0]))
-    metrics = make([param], lr=0.1, warmup=0).step([torch.tensor([30.0, 40.0])])
+    metrics = make([param], lr=0.1, warmup=0).step([torch.tensor([30.0, 40.0])], YES)
     assert metrics["grad_norm"] == pytest.approx(50.0)
     assert metrics["grad_clip_fraction"] == 1.0
     assert metrics["update_rms"] == pytest.approx(0.1, rel=1e-4)
@@ -128,17 +130,17 @@ def test_a_restored_optimiser_goes_on_exactly() -> None:
     straight = parameters()
     optim = make(straight, lr=0.01, warmup=3)
     for grad in grads:
-        optim.step(grad)
+        optim.step(grad, YES)
     first, second = parameters(), parameters()
     before, after = (make(params, lr=0.01, warmup=3) for params in (first, second))
     for grad in grads[:3]:
-        before.step(grad)
+        before.step(grad, YES)
     after.load_state_dict(before.state_dict())
     with torch.no_grad():
         for source, target in zip(first, second, strict=True):
             target.copy_(source)
     for grad in grads[3:]:
-        after.step(grad)
+        after.step(grad, YES)
     for left, right in zip(straight, second, strict=True):
         assert torch.equal(left, right)
 
@@ -153,7 +155,7 @@ def test_adam_matches_the_golden_steps() -> None:
     param, optimiser = adam([given["p0"]], lr=given["lr"], hat=False)
     found = []
     for grad in given["grads"]:
-        optimiser.step([torch.tensor([grad], dtype=torch.float64)])
+        optimiser.step([torch.tensor([grad], dtype=torch.float64)], YES)
         found.append(param.item())
     close(torch.tensor(found), want["adam_eps1e-8"])
 
@@ -166,7 +168,7 @@ def test_adam_adds_epsilon_where_the_paper_does(hat: bool, key: str) -> None:
     param, optimiser = adam([given["p0"]], lr=given["lr"], eps=1e-5, hat=hat)
     found = []
     for grad in given["grads"]:
-        optimiser.step([torch.tensor([grad], dtype=torch.float64)])
+        optimiser.step([torch.tensor([grad], dtype=torch.float64)], YES)
         found.append(param.item())
     close(torch.tensor(found), want[key])
 
@@ -175,7 +177,7 @@ def test_adam_clips_by_the_norm_over_all_tensors() -> None:
     given, want = golden("global_norm_clip")
     params = [nn.Parameter(torch.zeros(len(grad))) for grad in given["grads"]]
     optimiser = Adam(params, lr=0.1, eps=1e-8, clip=given["clip"])
-    metrics = optimiser.step([torch.tensor(grad) for grad in given["grads"]])
+    metrics = optimiser.step([torch.tensor(grad) for grad in given["grads"]], YES)
     close(metrics["grad_norm"], want["norm"])
     assert metrics["grad_clip_fraction"] == 1.0
     for i, clipped in enumerate(want["clipped"]):
@@ -185,13 +187,34 @@ def test_adam_clips_by_the_norm_over_all_tensors() -> None:
 
 def test_decay_shrinks_every_parameter_whatever_the_rate() -> None:
     param, optimiser = adam([2.0], lr=0.0, decay=0.01)
-    optimiser.step([torch.ones(1, dtype=torch.float64)])
+    optimiser.step([torch.ones(1, dtype=torch.float64)], YES)
     close(param, [1.98])
 
 
 def test_gradients_inside_the_limit_are_left_as_they_are() -> None:
     param, optimiser = adam([0.0])
-    metrics = optimiser.step([torch.tensor([3.0], dtype=torch.float64)])
+    metrics = optimiser.step([torch.tensor([3.0], dtype=torch.float64)], YES)
     assert metrics["grad_clip_fraction"] == 0.0
     close(optimiser.momentum_0, [0.3])
     close(param, [-0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["laprop", "adam", "adam with decay"])
+def test_a_step_that_does_not_apply_changes_nothing_at_all(kind: str) -> None:
+    params = parameters()
+    adam = {"lr": 0.1, "eps": 1e-5, "clip": 1.0, "decay": 0.01 if "decay" in kind else 0.0}
+    optim = make(params, lr=0.1, warmup=0) if kind == "laprop" else Adam(params, **adam)
+    rng = np.random.default_rng(0)
+
+    def state() -> list[torch.Tensor]:
+        return [x.detach().clone() for x in (*params, *optim.buffers())]
+
+    for before_any in (True, False):
+        if not before_any:
+            optim.step([torch.tensor(rng.normal(size=p.shape)).float() for p in params], YES)
+        before = state()
+        optim.step([torch.full_like(p, float("nan")) for p in params], ~YES)
+        for old, new in zip(before, state(), strict=True):
+            assert torch.equal(old, new)
+    optim.step([torch.ones_like(p) for p in params], YES)
+    assert not torch.equal(before[0], params[0])

@@ -276,10 +276,13 @@ def test_a_diverged_run_ends_and_saves_nothing(server: EmbeddedServer, tmp_path:
     with torch.no_grad():
         next(stand.learner.agent.parameters()).fill_(float("nan"))
     try:
-        with pytest.raises(LearnerError, match=r"diverged .* not finite"):
+        with pytest.raises(LearnerError, match=r"diverged .* in a row .* not finite.*skipped/"):
             stand.learner.run()
+        assert stand.learner.skipped_updates >= 3
     finally:
         stand.close()
+    saved = max((tmp_path / "skipped").glob("*.npz"))
+    assert {"reward", "is_first", "deter"} <= set(np.load(saved))
     assert load_newest(tmp_path / "checkpoints") is None
 
 

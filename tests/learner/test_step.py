@@ -1,4 +1,5 @@
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -159,11 +160,39 @@ def test_metrics_are_means_since_the_last_call() -> None:
             torch.manual_seed(update)
             seen.append(twin.update(make_batch(window, twin))[0])
         taken = step.take_metrics()
-        assert set(taken) == set(seen[0])
+        assert set(taken) == set(seen[0]) - {"finite"}
         for name, value in taken.items():
             mean = sum(float(metrics[name]) for metrics in seen) / count
             assert value == pytest.approx(mean, rel=1e-4, abs=1e-12), name
     assert step.take_metrics() == {}
+
+
+def test_an_update_that_is_not_finite_is_skipped_counted_and_kept() -> None:
+    records, agent = make_records(), make_test_agent()
+    step = make_step(agent, records)
+    step(draws(0), ANY, seed=0)
+    good, rows = copy.deepcopy(agent.state_dict()), rows_of(draws(1), ANY, records, 1 + T)
+    poisoned = records.columns["reward"][rows[0, 2]].clone()
+    records.columns["reward"][rows[0, 2]] = torch.nan
+    before = {name: column.clone() for name, column in records.columns.items()}
+    for _ in range(2):
+        step(draws(1), ANY, seed=1)
+    assert all(math.isfinite(value) for value in step.take_metrics().values())
+    assert step.take_metrics() == {}
+    assert step.take_skipped() == (2, 2)
+    after = agent.state_dict()
+    fixed = [name for name in good if "slow" not in name]  # slow copies follow what there is
+    assert all(torch.equal(good[name], after[name]) for name in fixed)
+    assert torch.equal(before["deter"], records.columns["deter"])
+    window = step.skipped_window()
+    assert torch.isnan(window["reward"][0, 2]) and window["reward"].shape == rows.shape
+    records.columns["reward"][rows[0, 2]] = torch.nan
+    step(draws(1), ANY, seed=1)
+    assert step.take_skipped() == (1, 3)  # the row of bad luck goes on
+    records.columns["reward"][rows[0, 2]] = poisoned
+    step(draws(1), ANY, seed=1)
+    assert step.take_skipped() == (0, 3) and step.take_skipped() == (0, 0)
+    assert step.take_metrics()
 
 
 def test_equal_seeds_and_draws_give_equal_steps_whatever_happened_outside() -> None:
