@@ -138,6 +138,7 @@ class ActorProcess:
         now = time.monotonic()
         rates = [rate.at(now, count) for rate, count in zip(self._rates, steps, strict=True)]
         age_s = refresher.age_s if refresher else 0.0
+        waited = uploader.waited() if uploader else (0.0, 0.0)
         self._warn_if_stale(age_s)
         return {
             "slot": self._spec.slot,
@@ -163,6 +164,8 @@ class ActorProcess:
             "env_s": loop.stats.env_s if loop else 0.0,
             "write_s": loop.stats.write_s if loop else 0.0,
             "blocked": uploader.blocked_reason if uploader else "",
+            "blocked_s": waited[0],
+            "limited_s": waited[1],
             "pending_chunks": uploader.stats.pending_chunks if uploader else 0,
             "inserted_steps": uploader.stats.steps if uploader else 0,
             "version": list(refresher.version) if refresher else [-1, -1],
@@ -397,7 +400,7 @@ class ActorProcess:
             values["obs_rejected"] = dict(stats.rejected)
         if self._uploader is not None:
             upload = self._uploader.stats
-            values["insert_wait_seconds"] = upload.blocked_s
+            values["insert_wait_seconds"] = self._uploader.waited()[0]
             values["resend_chunks"] = upload.resent_chunks
             values["pending_chunks"] = upload.pending_chunks
             values["insert_replies"] = dict(upload.replies)

@@ -9,6 +9,7 @@ from typing import Any
 from actors.actor import ActorSpec
 from actors.fleet import Fleet
 from actors.weights import HubSource
+from learner.bound import PhaseClock
 from learner.learner import LearnerError
 from learner.publish import Publisher
 from replay_service import ReplayClient
@@ -36,10 +37,11 @@ class Crew:
         self._fleet: Fleet | None = None
         self._publisher: Publisher | None = None
         self._fence = 0
+        self._clock = PhaseClock()
 
-    def bind(self, publisher: Publisher, fence: int) -> None:
-        """Say whose weights a round in lockstep is collected with."""
-        self._publisher, self._fence = publisher, fence
+    def bind(self, publisher: Publisher, fence: int, clock: PhaseClock) -> None:
+        """Say whose weights a round in lockstep is collected with, and who counts the time."""
+        self._publisher, self._fence, self._clock = publisher, fence, clock
 
     def start(self, on_failure: Callable[[], None]) -> None:
         """Start the actors. The function is called, from a thread, if they cannot work."""
@@ -86,8 +88,10 @@ class Crew:
         publisher, version = self._publisher, (self._fence, updates)
         assert publisher is not None and self._fleet is not None, "bind and start come first"
         if publisher.stats.version != version:
-            publisher.publish(updates)
-            if not publisher.wait(PUBLISH_S) or publisher.stats.version != version:
+            with self._clock.during("publish"):
+                publisher.publish(updates)
+                arrived = publisher.wait(PUBLISH_S)
+            if not arrived or publisher.stats.version != version:
                 raise LearnerError(
                     f"weights {version} could not be published, and a run in lockstep cannot go on "
                     "without them; the log says why"

@@ -260,11 +260,11 @@ def make_learner(
     publisher = Publisher(
         agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
     )
-    fleet.bind(publisher, fence)
-    turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
     recorder = Recorder(
         run, action_repeat=facts.action_repeat, config_hash=digest, port=knobs.metrics_port
     )
+    fleet.bind(publisher, fence, recorder.clock)
+    turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
     return Learner(
         knobs,
         RunFacts(

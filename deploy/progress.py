@@ -97,7 +97,7 @@ def line(snapshot: Snapshot) -> str:
         f"return {number(snapshot.get('return_mean20'))}",
         f"episodes {count(snapshot.get('episodes'))}",
         f"weights {_version(snapshot)}",
-        f"bound by {snapshot.get('bound_by') or '-'}",
+        f"bound by {_bound(snapshot)}",
     ]
     waiting = snapshot.get("waiting_for")
     if waiting:
@@ -121,6 +121,7 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
             f" mean of the last 20 of {count(snapshot.get('episodes'))} episodes", ""
         ),
     )
+    grid.add_row("bound by", _bound(snapshot))
     grid.add_row("curve", _existing(directory / "curve.png"))
     grid.add_row("checkpoint", _existing(newest_checkpoint(directory)))
     videos = directory / "videos" / "index.html"
@@ -232,9 +233,9 @@ def _facts(snapshot: Snapshot) -> RenderableType:
         ),
     )
     grid.add_row("weights", _version(snapshot))
-    bound = Text(str(snapshot.get("bound_by") or "-"), "bold")
-    waiting = snapshot.get("waiting_for")
-    grid.add_row("bound by", bound.append(f" · waiting for {waiting}" if waiting else "", ""))
+    grid.add_row("bound by", Text(_bound(snapshot), "bold"))
+    if snapshot.get("waiting_for"):
+        grid.add_row("waits for", str(snapshot["waiting_for"]))
     grid.add_row("time goes to", _shares(snapshot))
     grid.add_row("losses", _losses(snapshot))
     return grid
@@ -242,6 +243,12 @@ def _facts(snapshot: Snapshot) -> RenderableType:
 
 def _ratio(snapshot: Snapshot) -> str:
     return f"{number(snapshot.get('ratio_actual'))} of {number(snapshot.get('ratio_target'))}"
+
+
+def _bound(snapshot: Snapshot) -> str:
+    """Return the verdict in one line."""
+    advice = snapshot.get("advice")
+    return str(snapshot.get("bound_by") or "-") + (f": {advice}" if advice else "")
 
 
 def _version(snapshot: Snapshot) -> str:

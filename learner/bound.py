@@ -1,4 +1,4 @@
-"""What bounds a run, from where the learner's time goes and how long the actors were blocked."""
+"""Where the learner's time goes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,6 @@ PHASES = (
 """Where the learner's time goes. ``warmup``: the replay is not yet large enough. ``environments``:
 the train ratio allows no update until more steps arrive. ``data_wait``: an update was allowed, and
 its data was not ready. The rest is named after what runs."""
-
-_NAMES = {
-    "warmup": "warm-up",
-    "environments": "environments",
-    "data_wait": "replay",
-    "update": "learner",
-    "publish": "weight publishing",
-    "checkpoint": "checkpoints",
-    "settle": "replay",
-    "log": "logging",
-    "other": "learner loop",
-}
 
 
 class PhaseClock:
@@ -82,22 +70,3 @@ def shares(now: Mapping[str, float], before: Mapping[str, float]) -> dict[str, f
     spent = {phase: now[phase] - before.get(phase, 0.0) for phase in now}
     whole = sum(spent.values())
     return {phase: seconds / whole if whole > 0 else 0.0 for phase, seconds in spent.items()}
-
-
-def verdict(part: Mapping[str, float], actors_blocked: float = 0.0) -> str:
-    """Name what bounds the run, with its share of the time.
-
-    Args:
-        part: shares of the learner's phases.
-        actors_blocked: share of the time that actors waited for permission to insert.
-    """
-    if not any(part.values()):
-        return "starting"
-    groups: dict[str, float] = {}
-    for phase, share in part.items():
-        groups[_NAMES[phase]] = groups.get(_NAMES[phase], 0.0) + share
-    name, share = max(groups.items(), key=lambda item: item[1])
-    if name == "environments" and actors_blocked > share:
-        # Both sides wait for each other: neither is slow, the band between them is too narrow.
-        return f"train-ratio limiter ({actors_blocked:.0%})"
-    return f"{name} ({share:.0%})"

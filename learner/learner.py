@@ -218,8 +218,9 @@ class Learner:
         return self.limiter.drift(self.env_steps, self.updates) < self.limiter.batch_steps
 
     def _absorb(self) -> None:
-        with self.recorder.clock.during("data_wait"):
+        with self.recorder.clock.during("update"):
             self.step.settle()
+        with self.recorder.clock.during("data_wait"):
             self.recorder.score(self.mirror.absorb())
 
     def _update(self) -> None:

@@ -54,6 +54,9 @@ class Exporter:
         self._phase = self._counter(
             "step_seconds", "Wall-clock seconds of the learner, by what it did.", ["phase"]
         )
+        self._bound = self._gauge(
+            "bound_share", "What bounds the run: share of the time by cause.", ["cause"]
+        )
         self._loss = self._gauge("loss", "Mean loss of the last update logged.", ["name"])
         self._metric = self._gauge("train_metric", "Other training metrics, by name.", ["name"])
 
@@ -75,6 +78,12 @@ class Exporter:
         """Move the time of every phase up to its total in seconds."""
         for phase in PHASES:
             self._advance(f"phase/{phase}", totals[phase], self._phase.labels(phase))
+
+    def bound(self, shares: Mapping[str, float], actors_wanted: int) -> None:
+        """Set what bounds the run, see `learner.verdict.Verdict`."""
+        for cause, share in shares.items():
+            self._bound.labels(cause).set(share)
+        self._gauges["bound_actors_wanted"].set(actors_wanted)
 
     def train(self, values: Mapping[str, float]) -> None:
         """Set losses (``loss/<name>``) and the other training metrics."""
@@ -114,6 +123,7 @@ _GAUGES = {
     "weights_update": "Updates of the last weights published.",
     "fence": "Fence of this learner's lineage.",
     "episode_return": "Mean return of the last 20 episodes.",
+    "bound_actors_wanted": "More actors that would keep the learner busy, if it waits for them.",
     "checkpoint_last_success_timestamp_seconds": "When the last checkpoint was completed.",
     "checkpoint_seconds": "Duration of the last checkpoint.",
     "publish_seconds": "Duration of the last publication.",

@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from learner.bound import PhaseClock, shares, verdict
+from learner.bound import PhaseClock, shares
 from learner.files import JsonLines, read_rows
 from learner.metrics import Board, Exporter
 from learner.status import Snapshot
+from learner.verdict import ActorTimes, Verdict, judge
 
 WINDOW_S = 10.0
 """Time over which rates and shares are taken."""
 EPISODES = 20
 """Episodes in the mean return."""
-ACTOR_CALLS = 10
-"""Looks at the actors over which their blocked share is averaged."""
 ABANDONED = "abandoned"
 """How an episode ends that its environment did not end; its return means nothing."""
 
@@ -42,7 +41,7 @@ class Recorder:
         self.port = self.exporter.serve(port) if port >= 0 else None
         self.losses: dict[str, float] = {}
         self.actors: list[dict[str, Any]] = []
-        self.actors_blocked = 0.0
+        self.actor_times = ActorTimes()
         self.started_at = time.time()
         self.board = Board(directory)
         self._repeat = action_repeat
@@ -62,15 +61,14 @@ class Recorder:
         return float(np.mean(self._returns)) if self._returns else None
 
     def note_actors(self, actors: list[dict[str, Any]]) -> None:
-        """Take what the actors say about themselves; call it about once a second.
-
-        ``blocked`` is truthy while an actor waits for permission to insert; the share of the time
-        for which that holds is averaged over about the last ten calls.
-        """
+        """Take what the actors say about themselves; call it about once a second."""
         self.actors = actors
-        if actors:
-            blocked = sum(bool(actor.get("blocked")) for actor in actors) / len(actors)
-            self.actors_blocked += (blocked - self.actors_blocked) / ACTOR_CALLS
+        self.actor_times.note(actors)
+
+    def whole(self) -> Verdict:
+        """Return what bounded the run so far, the time before its first update left out."""
+        totals = self.clock.totals() | {"warmup": 0.0}
+        return judge(shares(totals, dict.fromkeys(totals, 0.0)), self.actor_times.overall())
 
     def score(self, events: Iterable[Any]) -> None:
         """Write a row for each new episode that the actors finished."""
@@ -103,12 +101,14 @@ class Recorder:
         row = {"time": time.time(), "env_steps": env_steps, "env_frames": env_steps * self._repeat}
         row |= {"updates": updates, **general, **values}
         row |= {f"share/{phase}": share for phase, share in part.items()}
-        self._metrics.write(row | {"bound_by": self._verdict(part)})
+        found = judge(part, self.actor_times.recent())
+        self._metrics.write(row | {"bound_by": found.name})
         numbers = {k: float(v) for k, v in (general | dict(values)).items() if v is not None}
         shown = {f"share/{phase}": share for phase, share in part.items()}
         self.board.scalars(numbers | shown, env_steps)
         self.exporter.train(values)
         self.exporter.phases(self.clock.totals())
+        self.exporter.bound(found.shares, found.actors_wanted)
 
     def snapshot(
         self,
@@ -123,8 +123,12 @@ class Recorder:
         waiting_for: str,
         phase: str | None = None,
     ) -> Snapshot:
-        """Return what the run is doing now. Safe to call from another thread."""
+        """Return what the run is doing now. Safe to call from another thread.
+
+        With a phase given the run is over, and the verdict is about all of it.
+        """
         rates, part = self._recent(env_steps, updates)
+        found = self.whole() if phase else judge(part, self.actor_times.recent())
         left = max(0, target_steps - env_steps)
         return Snapshot(
             env_steps=env_steps,
@@ -139,7 +143,8 @@ class Recorder:
             losses=self.losses,
             policy_version=version,
             weights_age_s=weights_age_s,
-            bound_by=self._verdict(part),
+            bound_by=found.name,
+            advice=found.advice,
             shares=part,
             eta_s=left / rates[0] if rates[0] > 0 else None,
             phase=phase or self.clock.phase,
@@ -156,9 +161,6 @@ class Recorder:
         self._metrics.close()
         self.board.close()
         self.exporter.close()
-
-    def _verdict(self, part: Mapping[str, float]) -> str:
-        return verdict(part, self.actors_blocked)
 
     def _recent(self, env_steps: int, updates: int) -> tuple[tuple[float, float], dict[str, float]]:
         """Return (steps/s, updates/s) and the share of every phase over the last seconds."""

@@ -39,7 +39,7 @@ class Snapshot:
     weights_age_s: float | None
     """Age of those weights in seconds; None before the first."""
     bound_by: str
-    """What bounds the run, with its share of the time."""
+    """What bounds the run, with its share of the time: now, or over all of a run that is over."""
     shares: dict[str, float]
     """Share of the learner's time in each phase, over the last few seconds."""
     eta_s: float | None
@@ -54,6 +54,8 @@ class Snapshot:
     """Wall-clock time at which this process started, in seconds."""
     per_actor: list[dict[str, Any]] = field(default_factory=list)
     """What each actor says about itself."""
+    advice: str = ""
+    """What to do about what bounds the run; empty where there is nothing."""
     metrics_port: int | None = None
     """Loopback port of the learner's Prometheus metrics; None while they are not served."""
 

@@ -35,6 +35,7 @@ from replay_service.errors import (
     ReplayUnavailable,
 )
 from replay_service.schema import Schema
+from replay_service.waits import WaitClock
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class UploadStats:
     pending_chunks: int = 0
     """Chunks waiting for their acknowledgement now."""
     blocked_s: float = 0.0
-    """Seconds that writers have spent waiting."""
+    """Seconds that writers have spent waiting, up to the end of the last wait."""
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Uploader:
         self._failure: ReplayError | None = None
         self._reason = ""
         self._reason_since = 0.0
+        self._waits = WaitClock()
         self._delay_s = _FIRST_DELAY_S
         self._thread = threading.Thread(target=self._run, name="replay-uploader", daemon=True)
         self._thread.start()
@@ -147,6 +149,11 @@ class Uploader:
         """Why nothing can be delivered now, with the seconds so far; empty while it flows."""
         reason, since = self._reason, self._reason_since
         return f"{reason} for {time.monotonic() - since:.0f} s" if reason else ""
+
+    def waited(self) -> tuple[float, float]:
+        """Return (seconds that writers waited, of these for training), the present one included."""
+        with self._changed:
+            return self._waits.totals()
 
     def open_stream(self, stream: str, incarnation: int | None = None) -> ChunkWriter:
         """Open a stream for writing.
@@ -251,7 +258,7 @@ class Uploader:
         self._changed.notify_all()
 
     def _wait_for_room(self, stream: _Stream) -> None:
-        started = time.monotonic()
+        self._waits.begin()
         self._changed.wait_for(
             lambda: (
                 stream.pending < self.config.pending_chunks
@@ -260,7 +267,8 @@ class Uploader:
                 or self._closing
             )
         )
-        self.stats.blocked_s += time.monotonic() - started
+        self._waits.end()
+        self.stats.blocked_s = self._waits.totals()[0]
         self._raise_failure()
         if self._closing or stream.pending >= self.config.pending_chunks:
             raise ReplayClosed("the uploader was closed or interrupted")
@@ -411,7 +419,8 @@ class Uploader:
     def _await_settlement(self, budget: int, inserted: int, wake: bytes) -> None:
         """Wait until training has paid for more inserts."""
         self._give_reason(f"inserts wait for training ({inserted} inserted, {budget} admitted)")
-        self._client.wait_settlement(wake.decode(), _LONGEST_DELAY_S)
+        with self._waits.unsettled():
+            self._client.wait_settlement(wake.decode(), _LONGEST_DELAY_S)
         # Many uploaders wake together: those that waited in vain spread out.
         with self._changed:
             self._changed.wait_for(lambda: self._closing, self._delay_s * random.uniform(0.0, 0.1))

@@ -26,6 +26,7 @@ FULL: dict[str, Any] = {
     "policy_version": [2, 120],
     "weights_age_s": 2.3,
     "bound_by": "learner (92 %)",
+    "advice": "lower the train ratio",
     "shares": {"update": 0.92, "data_wait": 0.05, "log": 0.001},
     "eta_s": 432.1,
     "phase": "update",
@@ -45,7 +46,7 @@ def test_view_shows_every_part_of_a_snapshot() -> None:
     shown = drawn(progress.view(FULL, "runs/a"))
     for part in (
         "runs/a", "4,512 of 12,000", "31.2/s", "7:12 left", "123 · 2.2/s", "63.1 of 64", "123.4",
-        "41 episodes", "2.120, 2 s old", "learner (92 %)", "update 92%", "rec 1.5 · dyn 3.25",
+        "41 episodes", "2.120, 2 s old", "learner (92 %): lower the train ratio", "update 92%", "rec 1.5 · dyn 3.25",
         "acting",
     ):  # fmt: skip
         assert part in shown, f"{part} in\n{shown}"

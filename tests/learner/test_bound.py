@@ -1,6 +1,6 @@
 import pytest
 
-from learner.bound import PHASES, PhaseClock, shares, verdict
+from learner.bound import PHASES, PhaseClock, shares
 
 
 class HandClock:
@@ -48,20 +48,3 @@ def test_shares_are_of_the_time_between_two_totals() -> None:
     assert part["update"] == pytest.approx(0.75)
     assert part["environments"] == pytest.approx(0.25)
     assert sum(part.values()) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    "part, blocked, want",
-    [
-        ({"update": 0.9, "environments": 0.1}, 0.8, "learner (90%)"),
-        ({"update": 0.3, "environments": 0.7}, 0.0, "environments (70%)"),
-        ({"update": 0.4, "environments": 0.6}, 0.7, "train-ratio limiter (70%)"),
-        ({"data_wait": 0.4, "settle": 0.2, "update": 0.4}, 0.0, "replay (60%)"),
-        ({"publish": 0.6, "update": 0.4}, 0.0, "weight publishing (60%)"),
-        ({"update": 0.0}, 0.0, "starting"),
-    ],
-)
-def test_the_verdict_names_the_largest_share(
-    part: dict[str, float], blocked: float, want: str
-) -> None:
-    assert verdict(part, blocked) == want
