@@ -23,14 +23,18 @@ local function whole(value)
   return string.format('%.0f', value)
 end
 
--- Log ids must keep growing even if a restart has lost the end of the log.
+-- Log ids must keep growing even if a restart has lost the end of the log, or somebody emptied the
+-- server. In milliseconds, so that two lives of a server that keeps nothing cannot share one.
+local function new_epoch(meta)
+  local now = redis.call('TIME')
+  local known = math.max(int(redis.call('HGET', meta, 'epoch')), int(booted[meta]))
+  local epoch = whole(math.max(known + 1, int(now[1]) * 1000 + math.floor(int(now[2]) / 1000)))
+  redis.call('HSET', meta, 'epoch', epoch)
+  booted[meta] = epoch
+end
+
 local function ensure_epoch(meta)
-  if not booted[meta] then
-    local epoch = whole(math.max(int(redis.call('HGET', meta, 'epoch')) + 1,
-                                 int(redis.call('TIME')[1])))
-    redis.call('HSET', meta, 'epoch', epoch)
-    booted[meta] = epoch
-  end
+  if not booted[meta] then new_epoch(meta) end
   return booted[meta]
 end
 
@@ -75,14 +79,13 @@ local function create(keys, args)
     return {'SCHEMA', redis.call('HGET', meta, 'schema_text')}
   end
   if not known then
-    booted[meta] = nil
     redis.call('HSET', meta, 'schema', args[1], 'schema_text', args[2], 'budget', args[6],
       'fence', 0, 'sampled', 0, 'sampled_fence', 0, 'inserted', 0, 'size', 0, 'bytes', 0,
       'chunks', 0, 'evicted', 0, 'committed', 0)
   end
   redis.call('HSET', meta, 'cap_steps', args[3], 'cap_bytes', args[4], 'min_size', args[5],
     'max_steps', args[7], 'max_bytes', args[8])
-  ensure_epoch(meta)
+  if known then ensure_epoch(meta) else new_epoch(meta) end
   return {'OK', known and 0 or 1}
 end
 
@@ -99,7 +102,8 @@ local function insert(keys, args)
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
 
-  local last = int((string.gsub(redis.call('HGET', seqs, sid) or '0', 'c', '')))
+  local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '(%d+)(c?)')
+  last = int(last)
   if seq <= last then return {'DUP', last} end
   if seq ~= last + 1 then return {'GAP', last} end
 
@@ -126,11 +130,22 @@ local function insert(keys, args)
   local number = int(m[13]) + 1
   redis.call('XADD', log, epoch .. '-' .. whole(number), 'k', payload, 'n', whole(steps),
     'b', whole(bytes), 's', sid, 'q', whole(seq), 'g', whole(inserted))
-  redis.call('HSET', seqs, sid, whole(seq))
+  -- A writer that was replaced may still come; its stream stays one that is to be forgotten.
+  redis.call('HSET', seqs, sid, whole(seq) .. closed)
   redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),
     'size', whole(size + steps - freed), 'bytes', whole(held + bytes - freed_bytes),
     'chunks', whole(int(m[11]) + 1 - gone), 'evicted', whole(int(m[12]) + freed))
   return {'OK', inserted + steps}
+end
+
+-- No more chunks of a stream will come: remember it only as long as its last chunk is there, the
+-- payload `last_key`.
+local function retire(seqs, sid, last, last_key)
+  if redis.call('EXISTS', last_key) == 1 then
+    redis.call('HSET', seqs, sid, last .. 'c')
+  else
+    redis.call('HDEL', seqs, sid)
+  end
 end
 
 -- KEYS meta, seq; ARGV stream name, lowest incarnation wanted.
@@ -144,7 +159,9 @@ local function open_stream(keys, args)
   if before then
     local sid = args[1] .. '@' .. before
     local last = redis.call('HGET', seqs, sid)
-    if last and not string.find(last, 'c') then redis.call('HSET', seqs, sid, last .. 'c') end
+    if last and not string.find(last, 'c') then
+      retire(seqs, sid, last, string.sub(seqs, 1, -4) .. 'c:' .. sid .. ':' .. last)
+    end
   end
   return {'OK', fresh}
 end
@@ -154,11 +171,7 @@ local function close_stream(keys, args)
   local seqs, sid = keys[1], args[1]
   local last = redis.call('HGET', seqs, sid)
   if not last or string.find(last, 'c') then return {'OK'} end
-  if redis.call('EXISTS', keys[2]) == 1 then
-    redis.call('HSET', seqs, sid, last .. 'c')
-  else
-    redis.call('HDEL', seqs, sid)
-  end
+  retire(seqs, sid, last, keys[2])
   return {'OK'}
 end
 

@@ -166,6 +166,46 @@ def test_stream_closed_after_its_eviction_is_forgotten_at_once(
         assert set(admin.hkeys("{rp0}:seq")) == {b"s1@1"}
 
 
+def test_stream_whose_writer_died_is_forgotten_once_it_was_evicted(
+    client: ReplayClient, server: EmbeddedServer
+) -> None:
+    client.create(SCHEMA, limits(capacity_steps=16))
+    for life in range(1, 6):
+        assert client.open_stream("s0") == life
+        for seq in (1, 2):
+            assert insert(client, chunk(0, seq, incarnation=life)) == "OK"
+        insert_many(client, 1, 2, start=2 * life - 1)
+    with redis.Redis.from_url(server.url) as admin:
+        assert set(admin.hkeys("{rp0}:seq")) == {b"s0@5", b"s1@1"}
+
+
+def test_replaced_writer_that_comes_back_leaves_nothing_behind(
+    client: ReplayClient, server: EmbeddedServer
+) -> None:
+    client.create(SCHEMA, limits(capacity_steps=16))
+    assert client.open_stream("s0") == 1
+    assert insert(client, chunk(0, 1)) == "OK"
+    assert client.open_stream("s0") == 2
+    assert insert(client, chunk(0, 2)) == "OK"
+    insert_many(client, 1, 2)
+    with redis.Redis.from_url(server.url) as admin:
+        assert set(admin.hkeys("{rp0}:seq")) == {b"s1@1"}
+
+
+def test_log_of_an_emptied_server_continues_above_the_old_one(
+    client: ReplayClient, server: EmbeddedServer
+) -> None:
+    newest = ""
+    with redis.Redis.from_url(server.url) as admin:
+        for _ in range(20):
+            client.create(SCHEMA, UNBOUNDED)
+            insert_many(client, 0, 2)
+            # What follows the log would otherwise never see the new chunks.
+            assert len(client.read_log(newest or "0", 9, 0.01)) == 2
+            newest = client.last_log_id() or ""
+            admin.flushall()
+
+
 def test_incarnations_never_repeat(client: ReplayClient) -> None:
     client.create(SCHEMA, UNBOUNDED)
     assert [client.open_stream("a") for _ in range(3)] == [1, 2, 3]
