@@ -11,10 +11,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CODE := dreamer replay_service actors learner deploy benchmarks examples tests
 TEST_ARGS ?=
 PRESET ?= v3-cartpole
+COMPOSE ?= docker compose
+SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast bench clean
+.PHONY: help setup train test lint type test-fast bench secrets images up down logs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +43,21 @@ test-fast: $(DEV_STAMP) ## the tests that need neither other processes nor long 
 bench: $(DEV_STAMP) ## measure learner, replay, actors and the whole pipeline (ARGS="learner --json out.json")
 	$(BIN)/dreamfleet bench $(or $(ARGS),all)
 
+secrets: $(if $(wildcard $(DEV_STAMP)),$(DEV_STAMP),$(RUN_STAMP)) ## passwords, settings and data directories for docker compose (ARGS=--rotate replaces passwords)
+	deploy/docker/prepare.sh $(BIN)/dreamfleet $(ARGS)
+
+images: ## build the images that docker compose runs
+	$(COMPOSE) build $(ARGS)
+
+up: secrets ## start everything with docker compose (SCALE=3 for three nodes of actors)
+	$(COMPOSE) up --detach --wait --scale actors=$(SCALE)
+
+down: ## stop it; the data stays
+	$(COMPOSE) down
+
+logs: ## follow what it says (ARGS=learner for one service)
+	$(COMPOSE) logs --follow --tail 100 $(ARGS)
+
 clean: ## remove the virtual environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -54,5 +71,5 @@ $(RUN_STAMP): | $(BIN)/python
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): | $(BIN)/python
-	$(PIP) -e '.[atari,dmc,crafter,minigrid,dev]'
+	$(PIP) -e '.[cluster,atari,dmc,crafter,minigrid,dev]'
 	@rm -f $(VENV)/.dev-* $(VENV)/.run-* && touch $@ $(RUN_STAMP)

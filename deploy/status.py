@@ -15,6 +15,8 @@ from deploy.config import FILE_NAME, ConfigError, load_config
 from deploy.progress import ENDED, command_name, console, duration, view
 
 STATUS_FILE = "status.json"
+SILENT_S = 30.0
+"""Age of a snapshot, which is written every second, above which its writer hangs."""
 CLOCK_SLACK_S = 5.0
 """By how much the start of a process may seem to lie after the start that it wrote down."""
 
@@ -27,6 +29,9 @@ class StatusOptions:
     """Run directory."""
     json: bool = False
     """Print the last snapshot as JSON, with its age in seconds and whether the run is alive."""
+    healthy: bool = False
+    """Say only whether the run does what it should, for health checks: it lives, reports, and
+    trains or says what it waits for. Exit code 0 if so, else 1."""
 
 
 def status(options: StatusOptions) -> int:
@@ -37,6 +42,10 @@ def status(options: StatusOptions) -> int:
     """
     config = load_config(require_run(options.run_dir) / FILE_NAME)
     snapshot = read_status(options.run_dir)
+    if options.healthy:
+        trouble = unhealthy(snapshot)
+        console().print(trouble or "healthy", highlight=False, markup=False, soft_wrap=True)
+        return 1 if trouble else 0
     if options.json:
         console().print_json(json.dumps(snapshot))
     else:
@@ -75,6 +84,21 @@ def read_status(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     return {**snapshot, "age_s": age, "alive": _alive(snapshot)}
+
+
+def unhealthy(snapshot: dict[str, Any]) -> str:
+    """Return what is wrong with a run of which `read_status` gave the snapshot, or nothing.
+
+    A check of one moment: an update that takes longer than the window of the rates looks like a
+    standstill, so ask a few times before you act.
+    """
+    if not snapshot["alive"]:
+        return f"the learner does not run (phase {snapshot.get('phase')})"
+    if snapshot["age_s"] > SILENT_S:
+        return f"the learner has not reported for {snapshot['age_s']:.0f} s"
+    if not snapshot.get("updates_per_s") and not snapshot.get("waiting_for"):
+        return "no update within the last seconds, and nothing that it waits for"
+    return ""
 
 
 def _alive(snapshot: dict[str, Any]) -> bool:

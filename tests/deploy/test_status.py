@@ -92,3 +92,32 @@ def test_torn_status_file_is_named(run: Path) -> None:
 def test_wrong_directory_names_the_runs_beside_it(run: Path) -> None:
     with pytest.raises(ConfigError, match=rf"no run in .*other; runs here: {run}"):
         require_run(run.parent / "other")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"updates_per_s": 2.0, "waiting_for": ""}, "healthy"),
+        ({"updates_per_s": 0.0, "waiting_for": "updates wait for experience"}, "healthy"),
+        ({"updates_per_s": 0.0, "waiting_for": ""}, "no update"),
+        ({"updates_per_s": 2.0, "phase": "failed"}, "does not run (phase failed)"),
+        ({"updates_per_s": 2.0, "pid": None}, "does not run"),
+    ],
+)
+def test_health_check_of_a_run_tells_waiting_from_standing_still(
+    run: Path, capsys: pytest.CaptureFixture[str], values: dict[str, Any], said: str
+) -> None:
+    write(run, **{"pid": os.getpid(), **values})
+    code = status(StatusOptions(run_dir=run, healthy=True))
+    assert said in capsys.readouterr().out
+    assert code == (0 if said == "healthy" else 1)
+
+
+def test_health_check_of_a_run_notices_that_nothing_is_reported(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(run, pid=os.getpid(), updates_per_s=2.0, waiting_for="")
+    long_ago = time.time() - 100
+    os.utime(run / "status.json", (long_ago, long_ago))
+    assert status(StatusOptions(run_dir=run, healthy=True)) == 1
+    assert "has not reported for 100 s" in capsys.readouterr().out
