@@ -23,11 +23,13 @@ from replay_service import (
     Mirror,
     ReplayClient,
     ReplayConfig,
+    SamplingConfig,
     Schema,
     Uploader,
     encode_chunk,
 )
 from replay_service.pages import PageIndex, page_count
+from replay_service.sampler import Sampler
 from replay_service.schema import REQUIRED
 from replay_service.server import Durability
 from replay_service.storage import DeviceStorage, gather, window_rows
@@ -47,6 +49,12 @@ VECTORS = Schema(
     )
 )
 CHUNK, PAGE, BATCH, WINDOW = 64, 64, 16, 65
+SAMPLINGS = {
+    "any": SamplingConfig(),
+    "recency": SamplingConfig(recency=1.0),
+    "episodes": SamplingConfig(windows="episodes"),
+    "prioritised": SamplingConfig(prioritised=1.0),
+}
 DURABILITY: tuple[Durability, ...] = ("none", "everysec", "strict")
 GIB = 2**30
 
@@ -62,6 +70,7 @@ def run(*, threads: int = 2, quick: bool = False) -> dict[str, Any]:
         Plain numbers, ready for JSON; `table` shows them.
     """
     before = torch.get_num_threads()
+    sizes = (10**4, 10**5) if quick else (10**4, 10**5, 10**6)
     torch.set_num_threads(threads)
     try:
         return {
@@ -70,10 +79,8 @@ def run(*, threads: int = 2, quick: bool = False) -> dict[str, Any]:
             "durability": [_durable(mode, 20 if quick else 300) for mode in DURABILITY],
             "follow": _follow(2_000 if quick else 20_000),
             "gather": _gather(4_096 if quick else 100_000, 5 if quick else 200),
-            "scaling": [
-                _sampling_at(steps, 5 if quick else 300)
-                for steps in ((10**4, 10**5) if quick else (10**4, 10**5, 10**6))
-            ],
+            "scaling": [_sampling_at(steps, 5 if quick else 300) for steps in sizes],
+            "drawing": [_drawing_at(steps, 5 if quick else 300) for steps in sizes],
         }
     finally:
         torch.set_num_threads(before)
@@ -116,6 +123,14 @@ def table(result: dict[str, Any]) -> Table:
             f"choose and gather vectors from {row['steps']} steps",
             f"{row['sample_us']:.0f} us",
             f"absorb a chunk {row['absorb_us']:.0f} us",
+            "",
+        )
+    for row in result["drawing"]:
+        others = ", ".join(f"{kind} {row[kind + '_us']:.0f}" for kind in SAMPLINGS if kind != "any")
+        shown.add_row(
+            f"draw {BATCH} starts of {row['steps']} steps",
+            f"any {row['any_us']:.0f} us",
+            f"{others} us",
             "",
         )
     return shown
@@ -312,6 +327,34 @@ def _gather(steps: int, repeats: int) -> dict[str, Any]:
         "windows_s": BATCH / gather_one,
         "steps_s": BATCH * WINDOW / gather_one,
     }
+
+
+def _drawing_at(steps: int, repeats: int) -> dict[str, Any]:
+    """Time how long each kind of sampling takes to choose a batch, between absorbed chunks."""
+    row: dict[str, Any] = {"steps": steps}
+    for kind, sampling in SAMPLINGS.items():
+        index = _filled(VECTORS, steps)[1]
+        sampler, rng = Sampler(index, sampling), np.random.default_rng(0)
+        first, last = np.zeros(CHUNK, bool), np.zeros(CHUNK, bool)
+        last[-1] = True
+        nothing, taken_s = np.full(BATCH, -1), list[float]()
+        number = 0
+        while number * CHUNK < steps + repeats * CHUNK:
+            index.place("new", number + 1, number * CHUNK, CHUNK)
+            ends = last if number % 8 == 7 else first  # episodes of 512 steps
+            sampler.follow(index.segment("new"), first, ends)
+            number += 1
+            if number * CHUNK <= steps:
+                continue
+            index.refresh()
+            started = time.perf_counter()
+            sampler.draw(rng, rng.random(BATCH), nothing)
+            taken_s.append(time.perf_counter() - started)
+            if sampling.prioritised:
+                rows = index.rows(index.segment("new"))[-BATCH * WINDOW :]
+                sampler.write_priorities(rows, rng.random(len(rows)), index.generation)
+        row[f"{kind}_us"] = statistics.median(taken_s[1:]) * 1e6
+    return row
 
 
 def _sampling_at(steps: int, repeats: int) -> dict[str, Any]:

@@ -98,6 +98,7 @@ def train(config: TrainConfig) -> int:
             device=device,
             directory=run / "mirror",
             online=config.replay.online,
+            sampling=config.replay.sampling,
         )
         mirror.start()
         stack.callback(mirror.stop)

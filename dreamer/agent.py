@@ -92,6 +92,9 @@ class Agent(nn.Module):
         self.codec = ActionCodec(action_space)
         self.decoder = None
         self.amp: torch.dtype | None = None
+        self.step_loss: Tensor | None = None
+        """(B, T) of the last update, (2B, T) if it trained on two views: the scaled sum of those
+        losses of the world model that every step has."""
 
     @staticmethod
     def policy_parts(
@@ -117,6 +120,9 @@ class Agent(nn.Module):
         with self._precision(batch):
             rollout = self.observe(batch)
             losses, metrics = self.model_losses(batch, rollout)
+        steps = batch.reward.shape
+        each = [x.detach() * self.scale(k) for k, x in losses.items() if x.shape == steps]
+        self.step_loss = torch.stack(each).sum(0)
         with self._precision(batch):
             trajectory = self.imagine(rollout)
         with self._precision(batch):

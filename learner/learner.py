@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class Learner:
             assert mirror.inserted_steps == 0, "a lockstep learner starts with an empty mirror"
             for key in LATENTS & mirror.columns.keys():
                 mirror.columns[key].zero_()
+        self._generation = 0
         self._throttle = Throttle(next(agent.parameters()).device)
         start = time.monotonic()
         self._published_at, self._published_update = -math.inf, -1
@@ -159,6 +161,8 @@ class Learner:
                 "version of this program: continue it with that one, or choose another --run-dir"
             ) from error
         self.mirror.restore_online(state["online"])
+        priorities = _with_held(state.get("priorities", {}), torch.Tensor.numpy)
+        self.mirror.restore_priorities(priorities)
         self.updates = self._logged_update = int(state["updates"])
         self._saved_steps = int(state["env_steps"])
         torch.set_rng_state(state["rng"].cpu())
@@ -219,16 +223,22 @@ class Learner:
 
     def _absorb(self) -> None:
         with self.recorder.clock.during("update"):
-            self.step.settle()
+            self._settle_step()
         with self.recorder.clock.during("data_wait"):
             self.recorder.score(self.mirror.absorb())
+
+    def _settle_step(self) -> None:
+        """Hand latents and losses of the last update to the mirror, before it changes."""
+        self.step.settle()
+        if self.mirror.prioritised and (found := self.step.take_losses()) is not None:
+            self.mirror.write_priorities(*found, self._generation)
 
     def _update(self) -> None:
         batch, seed = self.config.batch_size, self.facts.seed
         with self.recorder.clock.during("update"):
-            draws = self.mirror.uniforms(seed, self.updates, batch)
-            fresh = self.mirror.online_starts(batch)
-            self.step(draws, fresh, _mix(seed, self.updates))
+            self._generation = self.mirror.generation
+            uniforms, starts = self.mirror.draw(seed, self.updates, batch)
+            self.step(uniforms, starts, _mix(seed, self.updates))
             self.updates += 1
             self._throttle.submitted()
 
@@ -403,7 +413,7 @@ class Learner:
 
     def _state(self) -> dict[str, Any]:
         """Return everything that a checkpoint holds."""
-        self.step.settle()
+        self._settle_step()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state = {
             "agent": self.agent.state_dict(),
@@ -418,6 +428,7 @@ class Learner:
                 "budget": self.limiter.budget(self.updates),
             },
             "online": self.mirror.online_state(),
+            "priorities": _with_held(self.mirror.priority_state(), torch.from_numpy),
             "rng": torch.get_rng_state(),
             "rng_cuda": cuda,
             "config_hash": self.facts.config_hash,
@@ -441,6 +452,13 @@ class Learner:
     def _restore_latents(self, latents: dict[str, torch.Tensor]) -> None:
         for key, values in latents.items():
             self.mirror.columns[key][: len(values)].copy_(values)
+
+
+def _with_held(priorities: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return priorities with their arrays converted: a checkpoint holds tensors, a mirror numpy."""
+    if not priorities:
+        return {}
+    return priorities | {"held": [(sid, at, convert(x)) for sid, at, x in priorities["held"]]}
 
 
 class Throttle:

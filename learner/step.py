@@ -76,7 +76,7 @@ class UpdateStep:
         self._captured: dict[str, Tensor] = {}
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._calls = 0
+        self._calls, self._losses_new = 0, False
         # Updates that counted, that were skipped, skipped in a row now, and at most in a row.
         self._tally = torch.zeros(4, device=self.device)
         # The rows where the agent can read them: a captured graph cannot reach the host's memory.
@@ -112,6 +112,7 @@ class UpdateStep:
             self._graph.replay()
             self._latents = self._captured
         self._calls += 1
+        self._losses_new = True
 
     def settle(self) -> None:
         """Finish the write-back of a mirror on another device; call before the mirror changes."""
@@ -151,6 +152,19 @@ class UpdateStep:
         """
         rows = self._bad_rows.to(self._rows.device)
         return storage.gather(self.mirror.columns, rows)
+
+    def take_losses(self) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return the rows (B, T) of the last update and the model's loss of each step, once.
+
+        Waits for the device. None if there was no update since the last call.
+        """
+        if not self._losses_new:
+            return None
+        self._losses_new = False
+        assert self.agent.step_loss is not None
+        rows = self._rows[:, self.agent.config.context :]
+        losses = self.agent.step_loss.float().reshape(-1, *rows.shape).mean(0)
+        return rows.cpu().numpy(), losses.cpu().numpy()
 
     def sample(self) -> dict[str, Tensor]:
         """Gather the windows that the current draws select, {column: (B, C+T, …)}."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from replay_service.audit import Violation
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
     from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
-    from replay_service.config import Limits, ReplayConfig
+    from replay_service.config import Limits, ReplayConfig, SamplingConfig
     from replay_service.errors import (
         ChunkError,
         ReplayAuthError,
@@ -43,7 +43,7 @@ _HOMES = {
     "audit": ("Violation",),
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
     "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
-    "config": ("Limits", "ReplayConfig"),
+    "config": ("Limits", "ReplayConfig", "SamplingConfig"),
     "errors": (
         "ChunkError",
         "ReplayAuthError",
@@ -100,6 +100,7 @@ __all__ = [
     "ReplayStats",
     "ReplayTimeout",
     "ReplayUnavailable",
+    "SamplingConfig",
     "Schema",
     "UploadStats",
     "Uploader",

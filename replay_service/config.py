@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,61 @@ from replay_service.errors import ReplayConfigError
 
 GIB = 1024**3
 UNLIMITED_BUDGET = 2**52
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Which windows an update trains on, apart from new ones.
+
+    The shares of ``recency`` and ``prioritised`` are of what ``online`` leaves; the rest is drawn
+    evenly.
+    """
+
+    windows: Literal["any", "episodes"] = "any"
+    """any draws every window of a stream alike, across episodes, which reset the state inside;
+    episodes draws a complete episode, then a window within it, and skips episodes that are shorter
+    than a window."""
+    ends: bool = False
+    """With windows episodes: draw the end of an episode more often, as if the start were drawn from
+    the whole episode and moved back until the window fits."""
+    online: float = 1.0
+    """Largest share of a batch for windows that were never trained on (with replay.online)."""
+    recency: float = 0.0
+    """Share of a batch whose age is distributed exponentially."""
+    recency_steps: int = 50_000
+    """Mean of that age in steps."""
+    prioritised: float = 0.0
+    """Share of a batch that is drawn around steps with a high loss when they were last trained on.
+    On a GPU every update then waits for its losses."""
+    priority_exponent: float = 0.8
+    """Power of the loss that is a step's priority; 0 makes all alike."""
+
+    def __post_init__(self) -> None:
+        for name in ("online", "recency", "prioritised"):
+            share = getattr(self, name)
+            if not 0.0 <= share <= 1.0:
+                raise ReplayConfigError(f"sampling.{name} is {share}, expected a share of 0 to 1")
+        if self.recency + self.prioritised > 1.0:
+            raise ReplayConfigError(
+                f"sampling.recency {self.recency} + sampling.prioritised {self.prioritised} = "
+                f"{self.recency + self.prioritised} is more than the whole batch; lower one of them"
+            )
+        if not 0.0 <= self.priority_exponent <= 10.0:
+            raise ReplayConfigError(
+                f"sampling.priority_exponent is {self.priority_exponent}, expected 0 to 10"
+            )
+        _require_range("sampling.recency_steps", self.recency_steps, 1, 2**50)
+        within = self.windows == "episodes"
+        if self.ends and not within:
+            raise ReplayConfigError(
+                "sampling.ends is about the ends of episodes, and sampling.windows is "
+                f"{self.windows}: set it to episodes, or leave ends out"
+            )
+        if self.recency and within:
+            raise ReplayConfigError(
+                f"sampling.recency {self.recency} draws windows across episodes, and "
+                "sampling.windows is episodes: set it to any, or recency to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +97,8 @@ class ReplayConfig:
     """Steps per page of that copy."""
     online: bool = True
     """Train on every new window once, newest first, before drawing uniformly."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the rest of a batch is drawn."""
     durability: Literal["none", "everysec", "strict"] = "everysec"
     """What the embedded server keeps: none writes nothing to disk, so its end is the replay's end;
     everysec survives the death of any process and may lose two seconds of acknowledged steps in a
@@ -69,6 +126,12 @@ class ReplayConfig:
         _require_range("pending_chunks", self.pending_chunks, 1, 100_000)
         if not self.flush_age_s > 0:
             raise ReplayConfigError(f"flush_age_s is {self.flush_age_s}, expected a time above 0")
+        if self.online and self.sampling.windows == "episodes":
+            raise ReplayConfigError(
+                "online windows are new stretches of a stream and cross episodes, and "
+                "sampling.windows is episodes: set replay.online to false "
+                "(--replay.no-online), or sampling.windows to any"
+            )
         if self.tolerance_steps is not None:
             _require_range("tolerance_steps", self.tolerance_steps, 1, 2**50)
 

@@ -7,15 +7,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from replay_service.chunk import Chunk, EpisodeEnd
 from replay_service.client import LogEntry, ReplayClient
+from replay_service.config import SamplingConfig
 from replay_service.errors import ReplayEmpty
 from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
+from replay_service.sampler import Sampler
 from replay_service.schema import Schema
 from replay_service.tail import Arrival, LogTail
 
@@ -63,6 +65,7 @@ class Mirror:
         page_steps: rows per page.
         placement, device, directory: where the columns live, see `storage.DeviceStorage`.
         online: collect every non-overlapping new window for `online_starts`.
+        sampling: how `draw` fills a batch; None draws every window alike.
         queue_bytes: decoded chunks that may wait for `absorb`.
 
     Raises:
@@ -81,6 +84,7 @@ class Mirror:
         device: str = "cpu",
         directory: Path | None = None,
         online: bool = True,
+        sampling: SamplingConfig | None = None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         from replay_service.storage import DeviceStorage
@@ -107,6 +111,8 @@ class Mirror:
             next_page=self._storage.host_next_page,
             valid_cumsum=self._storage.host_cumsum,
         )
+        self._sampling = sampling or SamplingConfig()
+        self._sampler = Sampler(self._index, self._sampling)
         self._client = client
         self._tail = LogTail(client, schema, queue_bytes=queue_bytes)
         self._collect_online = online
@@ -145,6 +151,16 @@ class Mirror:
     def valid_starts(self) -> int:
         """Rows at which a whole window starts."""
         return self._index.valid_starts
+
+    @property
+    def prioritised(self) -> bool:
+        """Whether `write_priorities` has any effect."""
+        return self._sampling.prioritised > 0
+
+    @property
+    def generation(self) -> int:
+        """Number that `write_priorities` takes with losses of windows that are drawn now."""
+        return self._index.generation
 
     @property
     def lag_chunks(self) -> int:
@@ -231,18 +247,50 @@ class Mirror:
             first = segment.first_step + segment.dropped_pages * self.page_steps
             yield segment.sid, first, self._index.rows(segment)
 
+    def draw(self, seed: int, update: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Choose the windows of an update: new ones first, the rest as `sampling` has it.
+
+        Returns:
+            (count,) float64 uniforms and (count,) int64 rows, as `storage.window_rows` takes them:
+            a window starts at its row or, where that is -1, where the uniform number says.
+
+        Raises:
+            ReplayEmpty: if there is no whole window to sample.
+        """
+        self._require_windows()
+        rng = _random(seed, update)
+        uniforms, fresh = rng.random(count), np.full(count, -1, np.int64)
+        new = int(self._sampling.online * count)
+        fresh[:new] = self.online_starts(new)
+        return self._sampler.draw(rng, uniforms, fresh)
+
+    def write_priorities(self, rows: np.ndarray, losses: np.ndarray, generation: int) -> int:
+        """Let losses decide how often steps are drawn, see `Sampler.write_priorities`."""
+        return self._sampler.write_priorities(rows, losses, generation)
+
+    def priority_state(self) -> dict[str, Any]:
+        """Return the priorities of all steps, see `Sampler.state`; {} where there are none."""
+        return self._sampler.state()
+
+    def restore_priorities(self, state: dict[str, Any]) -> None:
+        """Put back priorities of `priority_state`, for the steps that are still held."""
+        self._sampler.restore(state)
+
     def uniforms(self, seed: int, update: int, count: int) -> np.ndarray:
         """Return (count,) float64 in [0, 1) that depend on seed and update number only.
 
         Raises:
             ReplayEmpty: if there is no whole window to sample.
         """
+        self._require_windows()
+        return _random(seed, update).random(count)
+
+    def _require_windows(self) -> None:
         if not self.valid_starts:
             raise ReplayEmpty(
                 f"no stream holds {self.window_steps} consecutive steps yet "
                 f"({self.size_steps} steps in all)"
             )
-        return np.random.Generator(np.random.Philox(key=[seed, update])).random(count)
 
     def _apply(self, arrival: Arrival) -> list[EpisodeEvent]:
         entry, chunk = arrival.entry, arrival.chunk
@@ -277,9 +325,15 @@ class Mirror:
             self._storage.write(row, {name: v[part] for name, v in chunk.columns.items()})
             done += count
         if pieces:
+            flags = (chunk.columns[name] for name in ("is_first", "is_last"))
+            self._sampler.follow(self._index.segment(chunk.sid), *flags)
             fresh = self._index.new_windows(chunk.sid)
             if collect:
                 self._online.extend(fresh)
+
+
+def _random(seed: int, update: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, update]))
 
 
 def _order(entry_id: str) -> tuple[int, int]:

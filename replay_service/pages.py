@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 NO_PAGE = -1
+_NEVER = 2**62
 
 
 def page_count(capacity_steps: int, page_steps: int) -> int:
@@ -39,6 +40,10 @@ class Segment:
     dropped_pages: int = 0
     length: int = 0
     windows: int = 0
+    episode: int = 0
+    """Record at which the episode begins that is not complete yet."""
+    covered: int = 0
+    """Records, from the first on, that some whole window holds."""
 
 
 class PageIndex:
@@ -49,6 +54,10 @@ class PageIndex:
         window_steps: records of one window.
         capacity_steps: above this many records whole oldest pages are given up.
         next_page, valid_cumsum: (pages,) int64, kept up to date in place.
+
+    `prev_page` is the reverse of `next_page`, `valid` the starts of each page, `generation` the
+    number of pages taken so far, and `born` its value when a page was taken: what was read from a
+    page at a generation below `born` is no longer there.
     """
 
     def __init__(
@@ -71,7 +80,11 @@ class PageIndex:
         self.valid_cumsum.fill(0)
         self.size_steps = 0
         self._pages = pages
-        self._valid = np.zeros(pages, np.int64)
+        self.prev_page = np.full(pages, NO_PAGE, np.int64)
+        self.valid = np.zeros(pages, np.int64)
+        self.born = np.full(pages, _NEVER, np.int64)
+        self.generation = 0
+        self._evicted: list[int] = []
         self._fill = np.zeros(pages, np.int64)
         self._owner: list[Segment | None] = [None] * pages
         self._head = 0
@@ -83,6 +96,11 @@ class PageIndex:
     def valid_starts(self) -> int:
         """Number of rows at which a whole window starts, as of the last `refresh`."""
         return int(self.valid_cumsum[-1])
+
+    @property
+    def newest_start(self) -> int:
+        """Position of the newest valid start among all, in the order of their rows."""
+        return int(self.valid_cumsum[self._head - 1]) - 1
 
     def last_seq(self, sid: str) -> int:
         """Return the newest chunk of a stream that was placed, 0 for none."""
@@ -111,9 +129,19 @@ class PageIndex:
             self._evict_oldest()
         return pieces
 
+    def segment(self, sid: str) -> Segment:
+        """Return the newest stretch of a stream that has one."""
+        return self._segments[sid]
+
+    def take_evicted(self) -> np.ndarray:
+        """Return (n,) int64 pages that were given up since the last call."""
+        pages = np.array(self._evicted, np.int64)
+        self._evicted.clear()
+        return pages
+
     def refresh(self) -> None:
         """Bring `valid_cumsum` up to date after one or more calls of `place`."""
-        np.cumsum(self._valid, out=self.valid_cumsum)
+        np.cumsum(self.valid, out=self.valid_cumsum)
 
     def new_windows(self, sid: str) -> list[tuple[Segment, int]]:
         """Return the non-overlapping windows of a stream completed since the last call."""
@@ -142,11 +170,21 @@ class PageIndex:
         pages = ((self._head - self._live + at) % self._pages for at in range(self._live))
         return list(dict.fromkeys(owner for page in pages if (owner := self._owner[page])))
 
-    def rows(self, segment: Segment) -> np.ndarray:
-        """Return (n,) int64 rows of the records that a stretch still holds, in their order."""
-        starts = np.array(segment.pages, np.int64) * self.page_steps
-        rows = (starts[:, None] + np.arange(self.page_steps)).reshape(-1)
-        return rows[: segment.length - segment.dropped_pages * self.page_steps]
+    def rows(self, segment: Segment, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Return (n,) int64 rows of the records of a stretch from `begin` to before `end`.
+
+        Those that were given up are left out.
+        """
+        size, dropped = self.page_steps, segment.dropped_pages
+        begin = max(begin, dropped * size)
+        end = max(begin, segment.length if end is None else min(end, segment.length))
+        first, last = begin // size - dropped, -(-end // size) - dropped
+        # An index into a deque is found from its nearer end: a few pages cost little anywhere.
+        whole = last - first == len(segment.pages)
+        held = segment.pages if whole else [segment.pages[at] for at in range(first, last)]
+        starts = np.array(held, np.int64) * size
+        rows = (starts[:, None] + np.arange(size)).reshape(-1)
+        return rows[begin % size : begin % size + end - begin]
 
     def _extend(self, segment: Segment, steps: int) -> list[tuple[int, int]]:
         pieces = []
@@ -170,8 +208,12 @@ class PageIndex:
         self._head = (page + 1) % self._pages
         self._live += 1
         self._owner[page] = segment
+        self.generation += 1
+        self.born[page] = self.generation
+        self.prev_page[page] = NO_PAGE
         if segment.pages:
             self.next_page[segment.pages[-1]] = page
+            self.prev_page[page] = segment.pages[-1]
         segment.pages.append(page)
         return page
 
@@ -182,15 +224,19 @@ class PageIndex:
         segment.pages.popleft()
         segment.dropped_pages += 1
         self.size_steps -= int(self._fill[page])
-        self._fill[page] = self._valid[page] = 0
+        self._fill[page] = self.valid[page] = 0
+        if self.next_page[page] != NO_PAGE:
+            self.prev_page[self.next_page[page]] = NO_PAGE
         self.next_page[page] = NO_PAGE
+        self.born[page] = _NEVER
         self._owner[page] = None
+        self._evicted.append(page)
         self._live -= 1
 
     def _update_valid(self, segment: Segment) -> None:
         records = 0
         for page in reversed(segment.pages):
-            if self._valid[page] == self.page_steps:
+            if self.valid[page] == self.page_steps:
                 break
             records += int(self._fill[page])
-            self._valid[page] = min(max(records - self.window_steps + 1, 0), self.page_steps)
+            self.valid[page] = min(max(records - self.window_steps + 1, 0), self.page_steps)

@@ -26,19 +26,28 @@ _ATARI = {
     "environment.noops": 30,
 }
 _ONE = {"actors": 1, "envs_per_actor": 1, "replay.online": False}
-_V1 = _ONE | {
-    "steps": 2_500_000,
-    "train_ratio": 500.0,
-    "replay.capacity_steps": 2_500_000,
-    "replay.min_size_steps": 2_500,
-    "learner.batch_size": 50,
-    "learner.batch_length": 50,
-}
-_V2 = _ONE | {
-    "train_ratio": 160.0,
-    "learner.batch_size": 16,
-    "learner.batch_length": 50,
-}
+_WITHIN = {"replay.sampling.windows": "episodes"}
+_V1 = (
+    _ONE
+    | _WITHIN
+    | {
+        "steps": 2_500_000,
+        "train_ratio": 500.0,
+        "replay.capacity_steps": 2_500_000,
+        "replay.min_size_steps": 2_500,
+        "learner.batch_size": 50,
+        "learner.batch_length": 50,
+    }
+)
+_V2 = (
+    _ONE
+    | _WITHIN
+    | {
+        "train_ratio": 160.0,
+        "learner.batch_size": 16,
+        "learner.batch_length": 50,
+    }
+)
 _V2_DMC = _V2 | {
     "steps": 1_000_000,
     "replay.capacity_steps": 1_000_000,
@@ -56,14 +65,18 @@ _V3_2023_DMC = {
     "train_ratio": 512.0,
     "replay.online": False,
 }
-_PRO = _ONE | {
-    "steps": 500_000,
-    "train_ratio": 500.0,
-    "replay.capacity_steps": 500_000,
-    "replay.min_size_steps": 2_500,
-    "learner.batch_size": 50,
-    "learner.batch_length": 50,
-}
+_PRO = (
+    _ONE
+    | _WITHIN
+    | {
+        "steps": 500_000,
+        "train_ratio": 500.0,
+        "replay.capacity_steps": 500_000,
+        "replay.min_size_steps": 2_500,
+        "learner.batch_size": 50,
+        "learner.batch_length": 50,
+    }
+)
 
 EARLIER_PRESETS: dict[str, Preset] = {
     "v1-dmc-vision": Preset(
@@ -99,6 +112,7 @@ EARLIER_PRESETS: dict[str, Preset] = {
         | {
             "steps": 50_000_000,
             "train_ratio": 50.0,
+            "replay.sampling.ends": True,
             "environment.grayscale": True,
             "environment.sticky": 0.25,
             "environment.all_actions": False,
@@ -125,6 +139,7 @@ EARLIER_PRESETS: dict[str, Preset] = {
             "environment.image_size": 64,
             "replay.capacity_steps": 1_000_000,
             "replay.min_size_steps": 10_000,
+            "replay.sampling.ends": True,
             "agent.layer_norm": True,
             "agent.imagination.discount": 0.999,
             "agent.imagination.entropy": 3e-3,

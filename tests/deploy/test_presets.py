@@ -36,6 +36,20 @@ def test_schedules_of_earlier_agents_make_the_published_updates() -> None:
         assert config.train_ratio / replayed == updates, name
 
 
+def test_presets_draw_windows_as_their_papers_do() -> None:
+    drawn = {
+        name: (sampling.windows, sampling.ends, preset(name).replay.online)
+        for name in PRESETS
+        if (sampling := preset(name).replay.sampling)
+    }
+    within = {name for name in PRESETS if name.startswith(("v1-", "v2-", "pro-"))}
+    within -= {"pro-v3-dmc-vision"}
+    for name, (windows, ends, online) in drawn.items():
+        assert windows == ("episodes" if name in within else "any"), name
+        assert ends == (name in ("v2-atari", "v2-crafter")), name
+        assert online == (name.startswith(("v3-", "pro-v3-")) and "2023" not in name), name
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_size_sets_all_widths_and_nothing_else(size: str) -> None:
     small, chosen = preset("v3-cartpole"), preset("v3-cartpole", size)

@@ -46,7 +46,8 @@ def test_view_shows_every_part_of_a_snapshot() -> None:
     shown = drawn(progress.view(FULL, "runs/a"))
     for part in (
         "runs/a", "4,512 of 12,000", "31.2/s", "7:12 left", "123 · 2.2/s", "63.1 of 64", "123.4",
-        "41 episodes", "2.120, 2 s old", "learner (92 %): lower the train ratio", "update 92%", "rec 1.5 · dyn 3.25",
+        "41 episodes", "2.120, 2 s old", "learner (92 %): lower the train ratio", "update 92%",
+        "rec 1.5 · dyn 3.25",
         "acting",
     ):  # fmt: skip
         assert part in shown, f"{part} in\n{shown}"

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from replay_service import (
     ReplayClient,
     ReplayClosed,
     ReplayConfig,
+    SamplingConfig,
     Schema,
     Uploader,
     plan_limits,
@@ -70,7 +72,13 @@ def make_schema() -> Schema:
     return Schema(tuple(Column(*column) for column in columns))
 
 
-def make_stand(url: str, directory: Path, target: int, config: LearnerConfig = CONFIG) -> Stand:
+def make_stand(
+    url: str,
+    directory: Path,
+    target: int,
+    config: LearnerConfig = CONFIG,
+    sampling: SamplingConfig | None = None,
+) -> Stand:
     torch.manual_seed(0)
     agent: Agent = make_agent(agent_config("v3", "debug"), OBS, ACTION)
     schema, client, sent = make_schema(), ReplayClient(url), list[tuple[int, int]]()
@@ -85,7 +93,13 @@ def make_stand(url: str, directory: Path, target: int, config: LearnerConfig = C
         streams=1,
     )
     client.create(schema, limits)
-    mirror = Mirror(client, schema, capacity_steps=REPLAY.capacity_steps, window_steps=window)
+    mirror = Mirror(
+        client,
+        schema,
+        capacity_steps=REPLAY.capacity_steps,
+        window_steps=window,
+        sampling=sampling,
+    )
     mirror.start()
 
     def send(weights: PackedWeights) -> bool:
@@ -189,6 +203,37 @@ def test_a_run_reaches_its_target_at_the_ratio_and_leaves_its_files(
     saved = load_newest(tmp_path / "checkpoints")
     assert saved is not None
     assert saved.manifest["update"] == learner.updates
+
+
+@pytest.mark.usefixtures("feed")
+def test_losses_become_priorities_which_a_checkpoint_keeps(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    sampling = SamplingConfig(prioritised=0.5)
+    first = make_stand(server.url, tmp_path, target=300, sampling=sampling)
+    first.learner.run()
+    [(sid, step, values)] = first.mirror.priority_state()["held"]
+    first.close()
+    trained = values != 1.0
+    assert trained.mean() > 0.5 and (values > 0).all(), "300 steps were trained on twice on average"
+    again = make_stand(server.url, tmp_path, target=300, sampling=sampling)
+    absorb_log(again)
+    saved = load_newest(tmp_path / "checkpoints")
+    assert saved is not None
+    again.learner.restore(saved)
+    [(sid_now, step_now, now)] = again.mirror.priority_state()["held"]
+    again.close()
+    assert (sid_now, step_now) == (sid, step)
+    np.testing.assert_array_equal(now[: len(values)], values)
+
+
+def absorb_log(stand: Stand) -> None:
+    """Rebuild a mirror from what the server holds."""
+    deadline = time.monotonic() + 20
+    while not stand.mirror.caught_up:
+        assert time.monotonic() < deadline
+        stand.mirror.wait(0.2)
+        stand.mirror.absorb()
 
 
 @pytest.mark.usefixtures("feed")

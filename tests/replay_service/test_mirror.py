@@ -23,6 +23,7 @@ from replay_service import (
     ReplayConfig,
     ReplayEmpty,
     ReplayFenced,
+    SamplingConfig,
     Uploader,
     encode_chunk,
     plan_limits,
@@ -179,6 +180,32 @@ def test_waiting_online_windows_survive_a_restart_of_the_learner(client: ReplayC
         assert again.online_starts(1).tolist() == [-1], "the rebuilt log is not new"
         again.restore_online([*state, ("gone@1", 0)])
         assert again.online_starts(9).tolist() == want
+
+
+def test_a_batch_takes_new_windows_up_to_their_share_and_then_draws(client: ReplayClient) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    with following(client, sampling=SamplingConfig(online=0.5)) as mirror:
+        with pytest.raises(ReplayEmpty, match="11 consecutive steps"):
+            mirror.draw(0, 0, 4)
+        insert_many(client, 0, 6)
+        absorb_until(mirror, lambda: mirror.inserted_steps == 48)
+        for update, steps in ((3, [33, 22]), (4, [11, 0]), (5, [])):
+            uniforms, starts = mirror.draw(2, update, 4)
+            np.testing.assert_array_equal(uniforms, mirror.uniforms(2, update, 4))
+            assert mirror.columns["step"][starts[starts >= 0]].tolist() == steps
+
+
+def test_windows_within_episodes_follow_the_flags_of_the_records(client: ReplayClient) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    sampling = SamplingConfig(windows="episodes")
+    with following(client, window_steps=7, online=False, sampling=sampling) as mirror:
+        insert_many(client, 0, 12)
+        insert_many(client, 1, 9)
+        absorb_until(mirror, lambda: mirror.inserted_steps == 168)
+        starts = mirror.draw(0, 1, 500)[1]
+        # Records say that an episode has ten steps, so that four windows of seven fit.
+        found = {int(mirror.columns["step"][row]) for row in starts}
+        assert found == {10 * episode + at for episode in range(9) for at in range(4)}
 
 
 def test_rebuilt_mirror_equals_the_original(client: ReplayClient) -> None:
