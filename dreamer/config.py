@@ -213,8 +213,27 @@ class ExplorationConfig:
     """Standard deviation of normal noise on continuous actions, in units of their range [-1, 1]."""
     epsilon: float = 0.0
     """Share of discrete actions that are replaced by uniform ones."""
+    half_life_updates: int = 0
+    """Updates in which noise and epsilon fall by half; 0 keeps them as they are."""
+    floor: float = 0.0
+    """What neither noise nor epsilon falls below, unless it is 0 from the start."""
+
+    def at(self, updates: int) -> tuple[float, float]:
+        """Return noise and epsilon of a policy that has seen so many updates (DreamerV1)."""
+        if not self.half_life_updates:
+            return self.noise, self.epsilon
+        left = 0.5 ** (max(0, updates) / self.half_life_updates)
+        noise, epsilon = (
+            max(amount * left, min(amount, self.floor)) for amount in (self.noise, self.epsilon)
+        )
+        return noise, epsilon
 
     def __post_init__(self) -> None:
+        if self.half_life_updates < 0 or self.floor < 0.0:
+            raise ValueError(
+                "exploration.half_life_updates and exploration.floor must be >= 0, got "
+                f"{self.half_life_updates} and {self.floor}"
+            )
         if self.noise < 0.0:
             raise ValueError(f"exploration.noise must be >= 0, got {self.noise}")
         if not 0.0 <= self.epsilon <= 1.0:

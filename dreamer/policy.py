@@ -133,8 +133,7 @@ class Policy(nn.Module):
         dist = self.actor(torch.cat([deter, stoch], -1))
         action: Tensor = dist.mode() if mode == "greedy" else dist.sample()
         if mode == "explore":
-            extra = self.config.exploration
-            action = dist.explore(action, extra.noise, extra.epsilon)
+            action = dist.explore(action, *self.config.exploration.at(self.version[1]))
         self._state = (deter, stoch, action)
         return action
 

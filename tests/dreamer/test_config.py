@@ -8,6 +8,7 @@ from dreamer.config import (
     BehaviourConfig,
     DecoderConfig,
     EncoderConfig,
+    ExplorationConfig,
     HeadConfig,
     LossScales,
     OptimConfig,
@@ -80,3 +81,13 @@ def test_replacing_a_part_checks_it_again() -> None:
 
 def test_fields_are_given_by_keyword_only() -> None:
     assert all(field.kw_only for field in fields(V3Config))
+
+
+def test_exploration_falls_by_half_down_to_its_floor() -> None:
+    falling = ExplorationConfig(epsilon=0.4, half_life_updates=100, floor=0.1)
+    shares = [falling.at(updates)[1] for updates in (-1, 0, 100, 150, 200, 10**6)]
+    assert shares == pytest.approx([0.4, 0.4, 0.2, 0.4 * 0.5**1.5, 0.1, 0.1])
+    assert falling.at(50)[0] == 0.0  # what is not there does not rise to the floor
+    assert ExplorationConfig(noise=0.3).at(10**6) == (0.3, 0.0)
+    with pytest.raises(ValueError, match="half_life_updates"):
+        ExplorationConfig(half_life_updates=-1)
