@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config
+from deploy.film import Camera, Reconstruct
 from deploy.progress import console, count, number
 from deploy.status import require_run
 
 SEED_OFFSET = 1_000_003
 """Added to the run's seed, so that evaluation meets no episode that training has met."""
-VIDEO_FRAMES = 500
-"""Frames of an episode that a video shows at most."""
-VIDEO_WIDTH = 320
-"""Larger pictures are made smaller by whole factors."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -43,7 +40,8 @@ class EvalOptions:
     """Sample actions or take the most likely ones; paper does what the agent's publication did:
     DreamerV3 samples, the earlier agents are greedy."""
     video: bool = False
-    """Also write the first episode as an animated GIF into videos/."""
+    """Also write the first episode as an animated GIF into videos/: the environment and, for agents
+    that see images, what they see beside what their model makes of it."""
     seed: int | None = None
     """Seed of environments and policy; None takes one that differs from training."""
 
@@ -122,9 +120,9 @@ def evaluate(options: EvalOptions) -> int:
     """
     config = load_config(require_run(options.run_dir) / FILE_NAME)
     found = _checkpoint(options.run_dir)
-    frames: list[NDArray[np.uint8]] = []
+    camera = Camera()
     with console().status(f"playing {options.episodes} episodes of {config.env} …"):
-        episodes = _play_checkpoint(config, found, options, frames)
+        episodes = _play_checkpoint(config, found, options, camera)
     facts = found.manifest
     result = {
         "env": config.env,
@@ -137,7 +135,9 @@ def evaluate(options: EvalOptions) -> int:
     }
     _write(options.run_dir / "eval.json", json.dumps(result, indent=2).encode())
     if options.video:
-        result["video"] = str(_write_video(options.run_dir, frames, facts["env_steps"]) or "-")
+        result["video"] = str(
+            _write_video(options.run_dir, camera.frames, facts["env_steps"]) or "-"
+        )
     _show(result, options.run_dir)
     return 0
 
@@ -162,18 +162,19 @@ def play(
         episodes: how many to play.
         seed: the i-th environment starts from seed + i.
         mode: "sample" or "greedy".
-        watch: called with the first environment and observation at every step of its first episode.
+        watch: called with the first environment and observation at every step of its first
+            episode, when the policy has seen the observation and the environment not yet acted.
     """
     seats = [
         _Seat(env=env, obs=env.reset(seed=seed + i), left=_share(episodes, len(envs), i))
         for i, env in enumerate(envs[:episodes])
     ]
     while any(seat.left for seat in seats):
-        if watch and not seats[0].done:
-            watch(seats[0].env, seats[0].obs)
         obs = {key: np.stack([seat.obs[key] for seat in seats]) for key in seats[0].obs}
         first = np.array([seat.is_first for seat in seats])
         actions, _ = policy.step(obs, first, mode=mode)
+        if watch and not seats[0].done:
+            watch(seats[0].env, seats[0].obs)
         for i, seat in enumerate(seats):
             if seat.left:
                 seat.play({key: value[i] for key, value in actions.items()})
@@ -202,7 +203,7 @@ def _checkpoint(directory: Path) -> Any:
 
 
 def _play_checkpoint(
-    config: TrainConfig, found: Any, options: EvalOptions, frames: list[NDArray[np.uint8]]
+    config: TrainConfig, found: Any, options: EvalOptions, camera: Camera
 ) -> list[Episode]:
     from actors.envs import make_env
 
@@ -213,13 +214,16 @@ def _play_checkpoint(
     try:
         for i in range(min(options.envs, options.episodes)):
             envs.append(make_env(config.env, config.environment, seed + i))
+        policy = _policy(config, found, envs[0], seed)
+        if options.video:
+            camera.reconstruct = _reconstruct(config, found, envs[0], policy)
         return play(
-            _policy(config, found, envs[0], seed),
+            policy,
             envs,
             options.episodes,
             seed=seed,
             mode=_mode(config, options),
-            watch=_camera(frames) if options.video else None,
+            watch=camera if options.video else None,
         )
     finally:
         for env in envs:
@@ -230,7 +234,28 @@ def _mode(config: TrainConfig, options: EvalOptions) -> str:
     return config.agent.evaluation if options.mode == "paper" else options.mode
 
 
-def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Player:
+def _reconstruct(config: TrainConfig, found: Any, env: Any, policy: Any) -> Reconstruct | None:
+    """Return what draws the model's view of the first environment; None without a decoder."""
+    import torch
+
+    from dreamer.agent import make_agent
+
+    agent = make_agent(config.agent, env.obs_space, env.action_space)
+    agent.load_state_dict(found.state["agent"])
+    if agent.decoder is None or not agent.decoder.groups:
+        return None
+    decoder = agent.decoder
+
+    def pictures() -> dict[str, NDArray[np.uint8]]:
+        deter, stoch = policy.latents()
+        with torch.inference_mode():
+            model = decoder.images(deter[:1, None], stoch[:1, None])
+        return {k: (x[0, 0].clamp(0, 1) * 255).byte().numpy() for k, x in model.items()}
+
+    return pictures
+
+
+def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Any:
     import torch
 
     from dreamer.agent import POLICY_PARTS
@@ -245,23 +270,6 @@ def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Player:
     version = (found.manifest["fence"], found.manifest["update"])
     policy.load(pack(tensors, version, dtype=torch.float32))
     return policy
-
-
-def _camera(frames: list[NDArray[np.uint8]]) -> Callable[[Env, Arrays], None]:
-    """Return a watcher that keeps pictures: what is drawn, else what the agent sees."""
-
-    def watch(env: Env, obs: Arrays) -> None:
-        if len(frames) >= VIDEO_FRAMES:
-            return
-        picture = env.render()
-        if picture is None:
-            picture = next((x for x in obs.values() if x.dtype == np.uint8 and x.ndim == 3), None)
-        if picture is not None:
-            step = -(-picture.shape[1] // VIDEO_WIDTH)
-            small = picture[::step, ::step, -3:]
-            frames.append(np.repeat(small, 3, axis=-1) if small.shape[-1] == 1 else small)
-
-    return watch
 
 
 def _write_video(directory: Path, frames: list[NDArray[np.uint8]], env_steps: int) -> Path | None:

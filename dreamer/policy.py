@@ -137,6 +137,12 @@ class Policy(nn.Module):
         self._state = (deter, stoch, action)
         return action
 
+    def latents(self) -> tuple[Tensor, Tensor]:
+        """Return (K, D) and (K, Z), flat: the latents after the observations of the last step."""
+        assert self._state is not None, "step first"
+        deter, stoch, _ = self._state
+        return deter, stoch
+
     def _record(self) -> Arrays:
         assert self._state is not None
         if not self.config.context:

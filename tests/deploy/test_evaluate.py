@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from deploy.cli import main
-from deploy.config import FILE_NAME, ConfigError, TrainConfig, save_config
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, save_config, with_values
 from deploy.evaluate import EvalOptions, play, statistics_of
 from deploy.presets import preset
 
@@ -130,6 +131,22 @@ def test_checkpoint_is_played_scored_and_filmed(
     assert len(result["episodes"]) == 3 and 0 < result["mean"] <= 500
     assert "CartPole-v1" in capsys.readouterr().out
     assert (tmp_path / "videos" / "eval-0000000070.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.integration
+def test_the_film_of_an_agent_that_sees_has_its_reconstruction(tmp_path: Path) -> None:
+    config = with_values(preset("v3-minigrid", "debug"), {"environment.time_limit": 12})
+    save(tmp_path, config, update=3)
+    assert main(f"eval {tmp_path} --episodes 1 --envs 1 --video".split()) == 0
+    (path,) = (tmp_path / "videos").glob("eval-*.gif")
+    with Image.open(path) as film:
+        frame = np.asarray(film.convert("RGB")).astype(float)
+        assert film.n_frames == 12
+    height, width, _ = frame.shape
+    # The environment as it is drawn, what is seen and what is decoded, each as high as the first.
+    assert width >= 3 * height - 64
+    decoded = frame[:, -height // 2 :]
+    assert abs(decoded.mean() - 127) < 30  # of an untrained decoder: grey
 
 
 @pytest.mark.integration

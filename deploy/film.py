@@ -1,0 +1,72 @@
+"""What an evaluation films: the environment, what the agent sees, and what it makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+VIDEO_FRAMES = 500
+"""Frames of an episode that a video shows at most."""
+VIDEO_WIDTH = 320
+"""Larger pictures are made smaller by whole factors."""
+_GAP = 4
+
+Picture = NDArray[np.uint8]
+Observation = Mapping[str, NDArray[Any]]
+Reconstruct = Callable[[], dict[str, Picture]]
+"""Returns {image key: (h, w, c)}, the model's pictures of the observation just acted on."""
+
+
+class Drawn(Protocol):
+    """An environment that may draw itself."""
+
+    def render(self) -> Picture | None:
+        """Return a picture (h, w, 3), or None where there is none."""
+
+
+class Camera:
+    """Keeps one frame per step: the environment, and each observed image with its reconstruction.
+
+    An agent without a decoder (DreamerPro) reconstructs nothing; the frame then has what is left.
+    """
+
+    def __init__(self, reconstruct: Reconstruct | None = None) -> None:
+        self.frames: list[Picture] = []
+        self.reconstruct = reconstruct
+
+    def __call__(self, env: Drawn, obs: Observation) -> None:
+        """Film the state of an environment after the policy has seen ``obs``."""
+        if len(self.frames) >= VIDEO_FRAMES:
+            return
+        drawn = env.render()
+        pictures = [] if drawn is None else [_fitted(drawn)]
+        seen = {key: x for key, x in obs.items() if x.dtype == np.uint8 and x.ndim == 3}
+        model = self.reconstruct() if self.reconstruct else {}
+        if model or not pictures:
+            for key, picture in seen.items():
+                pictures += [_fitted(x) for x in (picture, model.get(key)) if x is not None]
+        if pictures:
+            self.frames.append(side_by_side(pictures))
+
+
+def side_by_side(pictures: list[Picture]) -> Picture:
+    """Return one picture (h, w, 3): smaller ones are enlarged by whole factors, then centred."""
+    height = max(len(picture) for picture in pictures)
+    columns = []
+    for picture in pictures:
+        factor = height // len(picture)
+        large = picture.repeat(factor, 0).repeat(factor, 1)
+        above = (height - len(large)) // 2
+        below = height - len(large) - above
+        columns.append(np.pad(large, ((above, below), (0, _GAP), (0, 0))))
+    return np.concatenate(columns, 1)[:, :-_GAP]
+
+
+def _fitted(picture: Picture) -> Picture:
+    """Return (h, w, 3) no wider than a video; of stacked frames the newest."""
+    step = -(-picture.shape[1] // VIDEO_WIDTH)
+    small = picture[::step, ::step, -3:] if picture.shape[-1] >= 3 else picture[::step, ::step, -1:]
+    return np.repeat(small, 3, axis=-1) if small.shape[-1] == 1 else small
