@@ -22,7 +22,7 @@ import torch
 
 from actors.config import ActorConfig
 from actors.envs import EnvConfig
-from actors.loop import ActingLoop, LoopStopped, derive_seed
+from actors.loop import ActingLoop, LoopObserver, LoopStopped, derive_seed
 from actors.metrics import ActorMetrics, Endpoint
 from actors.weights import Refresher, WeightSource
 from actors.worker import make_worker
@@ -88,6 +88,12 @@ class ActorSpec:
     """How actions are chosen."""
     lockstep: bool = False
     """Step only when `collect` asks for it."""
+    split: Literal["train", "eval"] = "train"
+    """Whether experience goes into replay, or episodes are played for their scores alone."""
+    episodes: int = 1
+    """Episodes of one round of evaluation."""
+    rest_s: float = 0.0
+    """Least seconds between the beginnings of two rounds of evaluation."""
 
 
 class ActorProcess:
@@ -118,7 +124,9 @@ class ActorProcess:
         self._refresher: Refresher | None = None
         self._loop: ActingLoop | None = None
         self._rates = [Rate() for _ in range(spec.envs)]
-        self._metrics = ActorMetrics(slot=spec.slot, env=spec.env_id, read=self._exported)
+        self._metrics = ActorMetrics(
+            slot=spec.slot, env=spec.env_id, split=spec.split, read=self._exported
+        )
         self._endpoint = Endpoint(self._metrics.registry)
         self._thread = threading.Thread(target=self._run, name="acting", daemon=True)
         self._thread.start()
@@ -142,6 +150,7 @@ class ActorProcess:
         self._warn_if_stale(age_s)
         return {
             "slot": self._spec.slot,
+            "split": self._spec.split,
             "life": self._spec.life,
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -287,7 +296,7 @@ class ActorProcess:
             late_after_s=spec.actor.late_after_s,
             together=spec.lockstep,
             stop=self._stop,
-            observer=self._metrics,
+            observer=self._observer(),
         )
         self._phase = "environments"
         self._loop.start()
@@ -296,6 +305,9 @@ class ActorProcess:
         stack.callback(self._refresher.stop)
         self._load_first_weights()
         self._phase = "acting"
+
+    def _observer(self) -> LoopObserver:
+        return self._metrics
 
     def _open_streams(self, stack: ExitStack) -> list[ChunkWriter]:
         """Connect to the replay server, however long that takes, and open one stream each."""

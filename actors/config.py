@@ -7,7 +7,7 @@ from typing import Literal
 
 from actors.envs.config import EnvConfig
 
-__all__ = ["ActorConfig", "EnvConfig"]
+__all__ = ["ActorConfig", "EnvConfig", "EvalConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +40,28 @@ class ActorConfig:
                 raise ValueError(f"--actor.{flag} must be above 0, got {getattr(self, name)}")
         if self.max_failures < 1:
             raise ValueError(f"--actor.max-failures must be at least 1, got {self.max_failures}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Actors that play whole episodes with one version of the policy, beside training.
+
+    They act as the agent's publication evaluates it, write nothing to the replay, and their scores
+    are the rows of scores.jsonl whose split is eval.
+    """
+
+    actors: int = 0
+    """Evaluation actors, on top of the others; 0 for none."""
+    episodes: int = 5
+    """Episodes that each of them plays with the same weights, one after the other."""
+    every_s: float = 60.0
+    """Least seconds between the beginnings of two evaluations by the same actor; it also waits
+    until there are newer weights."""
+
+    def __post_init__(self) -> None:
+        if self.actors < 0:
+            raise ValueError(f"--eval.actors must be at least 0, got {self.actors}")
+        if self.episodes < 1:
+            raise ValueError(f"--eval.episodes must be at least 1, got {self.episodes}")
+        if not self.every_s >= 0:
+            raise ValueError(f"--eval.every-s must be at least 0, got {self.every_s}")

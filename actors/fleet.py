@@ -14,6 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.actor import ActorProcess, ActorSpec
+from actors.evaluator import Evaluator
 from actors.weights import WeightSource
 from dreamer.weights import Version
 
@@ -136,6 +137,7 @@ class Fleet:
                 {
                     **slot.last,
                     "slot": slot.number,
+                    "split": self._spec.split,
                     "life": slot.life,
                     "state": slot.state,
                     "restarts": slot.life,
@@ -212,8 +214,9 @@ class Fleet:
 
     def _launch(self, slot: _Slot) -> None:
         spec = replace(self._spec, slot=slot.number, life=slot.life)
+        kind = Evaluator if spec.split == "eval" else ActorProcess
         slot.handle = (
-            ray.remote(ActorProcess)
+            ray.remote(kind)
             .options(
                 num_cpus=self._limits.cpus_per_actor,
                 max_restarts=0,

@@ -44,13 +44,16 @@ class ActorMetrics(Collector):
     Args:
         slot: of the actor.
         env: id of the environment.
+        split: "train" or "eval".
         read: returns the current values by name (see `_COUNTERS`, `_GAUGES`, `_COUNTED_BY`; for
             the last {label value: count}). Called from the thread that answers a scrape.
     """
 
-    def __init__(self, *, slot: int, env: str, read: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, *, slot: int, env: str, read: Callable[[], Mapping[str, Any]], split: str = "train"
+    ) -> None:
         self.registry = CollectorRegistry()
-        self._values = ("actor", str(slot), env, "train")
+        self._values = ("actor", str(slot), env, split)
         self._read = read
         self._env_seconds = self._histogram("env_step_seconds", "Waiting for a step.", _FAST_S)
         self._policy_seconds = self._histogram("policy_seconds", "One policy call.", _FAST_S)

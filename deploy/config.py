@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.config import ActorConfig
+from actors.config import ActorConfig, EvalConfig
 from actors.envs import EnvConfig
 from dreamer.config import AgentConfig, V3Config
 from dreamer.presets import AGENTS
@@ -83,6 +83,8 @@ class TrainConfig:
     """What the environment shows and how it is stepped."""
     actor: ActorConfig = field(default_factory=ActorConfig)
     """How actors run and recover."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation beside training."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """What is kept of the experience, and where."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -168,7 +170,9 @@ MAY_CHANGE = frozenset(
     | {"learner.checkpoint_every_s", "learner.checkpoint_every_steps"}
     | {"learner.log_every_s", "learner.video_every_s"}
 )
-"""Fields that a run may change when it is continued; ``actor.*`` may change too."""
+"""Fields that a run may change when it is continued."""
+MAY_CHANGE_ALL = ("actor.", "eval.")
+"""Groups of which every field may change too."""
 
 
 def differences(saved: TrainConfig, wanted: TrainConfig) -> list[Difference]:
@@ -182,7 +186,7 @@ def resume_conflicts(saved: TrainConfig, wanted: TrainConfig) -> list[Difference
     return [
         found
         for found in differences(saved, wanted)
-        if found.name not in MAY_CHANGE and not found.name.startswith("actor.")
+        if found.name not in MAY_CHANGE and not found.name.startswith(MAY_CHANGE_ALL)
     ]
 
 
@@ -203,7 +207,7 @@ def config_hash(config: TrainConfig) -> str:
     fixed = {
         name: value
         for name, value in _leaves(config)
-        if name not in MAY_CHANGE and not name.startswith("actor.")
+        if name not in MAY_CHANGE and not name.startswith(MAY_CHANGE_ALL)
     }
     text = json.dumps(fixed, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from actors.actor import ActorSpec
+from actors.config import EvalConfig
 from actors.fleet import Fleet
 from actors.weights import HubSource
+from deploy.evaluate import SEED_OFFSET
 from learner.bound import PhaseClock
 from learner.learner import LearnerError
 from learner.publish import Publisher
@@ -29,10 +32,22 @@ class Crew:
         hub: where they get their weights.
         client: of the replay server.
         actors: how many.
+        evaluation: actors that play for scores alone. They go on during a round and a cut, and
+            their failures are seen in `stats` and do not end the run.
     """
 
-    def __init__(self, spec: ActorSpec, hub: Any, client: ReplayClient, *, actors: int) -> None:
+    def __init__(
+        self,
+        spec: ActorSpec,
+        hub: Any,
+        client: ReplayClient,
+        *,
+        actors: int,
+        evaluation: EvalConfig | None = None,
+    ) -> None:
         self._spec, self._hub, self._client, self._actors = spec, hub, client, actors
+        self._evaluation = evaluation or EvalConfig()
+        self._evaluators: Fleet | None = None
         self._on_failure: Callable[[], None] = lambda: None
         self._fleet: Fleet | None = None
         self._publisher: Publisher | None = None
@@ -46,11 +61,28 @@ class Crew:
     def start(self, on_failure: Callable[[], None]) -> None:
         """Start the actors. The function is called, from a thread, if they cannot work."""
         self._on_failure = on_failure
+        self._start_training()
+        wanted = self._evaluation
+        if wanted.actors:
+            spec = replace(
+                self._spec,
+                envs=1,
+                seed=self._spec.seed + SEED_OFFSET,
+                mode=self._spec.agent.evaluation,
+                lockstep=False,
+                split="eval",
+                episodes=wanted.episodes,
+                rest_s=wanted.every_s,
+            )
+            self._evaluators = Fleet(spec, HubSource(self._hub), actors=wanted.actors)
+            self._evaluators.start()
+
+    def _start_training(self) -> None:
         fleet = Fleet(
             self._spec,
             HubSource(self._hub),
             actors=self._actors,
-            on_failure=lambda message: on_failure(),
+            on_failure=lambda message: self._on_failure(),
         )
         fleet.start()
         self._fleet = fleet
@@ -61,8 +93,9 @@ class Crew:
             self._fleet.check()
 
     def stats(self) -> list[dict[str, Any]]:
-        """Return what every actor says about itself."""
-        return self._fleet.stats() if self._fleet is not None else []
+        """Return what every actor says about itself, those that evaluate after the others."""
+        fleets = (self._fleet, self._evaluators)
+        return [actor for fleet in fleets if fleet is not None for actor in fleet.stats()]
 
     def summary(self) -> dict[str, Any]:
         """Return what `actors.metrics.FleetMetrics` exports, before the actors start too."""
@@ -72,6 +105,8 @@ class Crew:
 
     def stop(self, drain_s: float) -> None:
         """Stop the actors."""
+        if self._evaluators is not None:
+            self._evaluators.stop(0.0)
         if self._fleet is not None:
             self._fleet.stop(drain_s)
 
@@ -101,5 +136,6 @@ class Crew:
 
     def cut(self) -> None:
         """End all episodes and streams, and begin new ones with the seeds of a resumed run."""
-        self.stop(DRAIN_S)
-        self.start(self._on_failure)
+        if self._fleet is not None:
+            self._fleet.stop(DRAIN_S)
+        self._start_training()

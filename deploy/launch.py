@@ -104,7 +104,9 @@ def train(config: TrainConfig) -> int:
         stack.callback(mirror.stop)
 
         # Ray: the hub that hands out weights, and the actors that use them
-        stack.enter_context(ray_cluster(config.ray, cpus=config.actors + 1, sentinel=sentinel))
+        stack.enter_context(
+            ray_cluster(config.ray, cpus=config.actors + config.eval.actors + 1, sentinel=sentinel)
+        )
         interrupts.reinstall()
         hub = weight_hub(run)
         fleet = make_fleet(config, facts, schema, client, hub, url)
@@ -222,7 +224,7 @@ def make_fleet(
         seed=config.seed,
         lockstep=config.lockstep,
     )
-    return Crew(spec, hub, client, actors=config.actors)
+    return Crew(spec, hub, client, actors=config.actors, evaluation=config.eval)
 
 
 def make_learner(

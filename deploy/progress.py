@@ -94,7 +94,7 @@ def line(snapshot: Snapshot) -> str:
         f"steps {count(steps)}/{count(target)} ({rate(snapshot.get('env_steps_per_s'))})",
         f"updates {count(snapshot.get('updates'))} ({rate(snapshot.get('updates_per_s'))})",
         f"ratio {_ratio(snapshot)}",
-        f"return {number(snapshot.get('return_mean20'))}",
+        f"return {number(snapshot.get('return_mean20'))}{_evaluated(snapshot)}",
         f"episodes {count(snapshot.get('episodes'))}",
         f"weights {_version(snapshot)}",
         f"bound by {_bound(snapshot)}",
@@ -118,7 +118,9 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
     grid.add_row(
         "return",
         Text(score, _GOOD).append(
-            f" mean of the last 20 of {count(snapshot.get('episodes'))} episodes", ""
+            f" mean of the last 20 of {count(snapshot.get('episodes'))} episodes"
+            + _evaluated(snapshot),
+            "",
         ),
     )
     grid.add_row("bound by", _bound(snapshot))
@@ -229,7 +231,9 @@ def _facts(snapshot: Snapshot) -> RenderableType:
     grid.add_row(
         "return",
         Text(number(snapshot.get("return_mean20")), _GOOD).append(
-            f" mean of the last 20 · {count(snapshot.get('episodes'))} episodes", ""
+            f" mean of the last 20 · {count(snapshot.get('episodes'))} episodes"
+            + _evaluated(snapshot),
+            "",
         ),
     )
     grid.add_row("weights", _version(snapshot))
@@ -243,6 +247,11 @@ def _facts(snapshot: Snapshot) -> RenderableType:
 
 def _ratio(snapshot: Snapshot) -> str:
     return f"{number(snapshot.get('ratio_actual'))} of {number(snapshot.get('ratio_target'))}"
+
+
+def _evaluated(snapshot: Snapshot) -> str:
+    mean = snapshot.get("eval_mean20")
+    return "" if mean is None else f" · evaluation {number(mean)}"
 
 
 def _bound(snapshot: Snapshot) -> str:
@@ -281,7 +290,7 @@ def _actors(actors: list[Mapping[str, Any]]) -> RenderableType:
     for actor in actors[:MOST_ACTORS]:
         version = actor.get("version")
         table.add_row(
-            str(actor.get("slot", "-")),
+            f"{'eval ' * (actor.get('split') == 'eval')}{actor.get('slot', '-')}",
             count(actor.get("env_steps")),
             rate(actor.get("env_steps_per_s")),
             count(actor.get("episodes")),

@@ -262,6 +262,7 @@ class Learner:
         with self.recorder.clock.during("publish"):
             if self.publisher.publish(self.updates):
                 self._published_at, self._published_update = now, self.updates
+                self.recorder.note_published((self.fence, self.updates), self.env_steps)
 
     def _checkpoint_if_due(self) -> None:
         if self._checkpoint_due():

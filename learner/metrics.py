@@ -123,6 +123,7 @@ _GAUGES = {
     "weights_update": "Updates of the last weights published.",
     "fence": "Fence of this learner's lineage.",
     "episode_return": "Mean return of the last 20 episodes.",
+    "eval_return": "Mean return of the last 20 evaluation episodes.",
     "bound_actors_wanted": "More actors that would keep the learner busy, if it waits for them.",
     "checkpoint_last_success_timestamp_seconds": "When the last checkpoint was completed.",
     "checkpoint_seconds": "Duration of the last checkpoint.",

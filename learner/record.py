@@ -22,6 +22,8 @@ WINDOW_S = 10.0
 """Time over which rates and shares are taken."""
 EPISODES = 20
 """Episodes in the mean return."""
+VERSIONS = 1000
+"""Publications whose environment steps are remembered for the scores of evaluations."""
 ABANDONED = "abandoned"
 """How an episode ends that its environment did not end; its return means nothing."""
 
@@ -45,11 +47,16 @@ class Recorder:
         self.started_at = time.time()
         self.board = Board(directory)
         self._repeat = action_repeat
-        scores = read_rows(directory / "scores.jsonl")
+        rows = read_rows(directory / "scores.jsonl")
+        scores = [row for row in rows if row["split"] == "train"]
         self.episodes = len(scores)
         self._scored = max((row["env_steps"] for row in scores), default=-1)
         whole = (row["return"] for row in scores if row["end"] != ABANDONED)
         self._returns = deque(whole, maxlen=EPISODES)
+        played = (row["return"] for row in rows if row["split"] == "eval")
+        self._eval_returns = deque(played, maxlen=EPISODES)
+        self._eval_seen: dict[tuple[int, int], int] = {}
+        self._published: deque[tuple[tuple[int, int], int]] = deque(maxlen=VERSIONS)
         self._scores = JsonLines(directory / "scores.jsonl")
         self._metrics = JsonLines(directory / "metrics.jsonl")
         self._lock = threading.Lock()
@@ -60,10 +67,46 @@ class Recorder:
         """Mean return of the last 20 episodes; None before the first."""
         return float(np.mean(self._returns)) if self._returns else None
 
+    @property
+    def eval_mean(self) -> float | None:
+        """Mean return of the last 20 evaluation episodes; None before the first."""
+        return float(np.mean(self._eval_returns)) if self._eval_returns else None
+
+    def note_published(self, version: tuple[int, int], env_steps: int) -> None:
+        """Remember after how many environment steps weights were published."""
+        self._published.append((version, env_steps))
+
     def note_actors(self, actors: list[dict[str, Any]]) -> None:
-        """Take what the actors say about themselves; call it about once a second."""
+        """Take what the actors say about themselves; call it about once a second.
+
+        Those that evaluate bring scores, which are written once each.
+        """
+        for actor in actors:
+            if actor.get("split") == "eval":
+                self._score_eval(actor, actor.pop("scores", []))
         self.actors = actors
-        self.actor_times.note(actors)
+        self.actor_times.note([actor for actor in actors if actor.get("split") != "eval"])
+
+    def _score_eval(self, actor: Mapping[str, Any], scores: Iterable[Mapping[str, Any]]) -> None:
+        """Write a row for each new evaluation episode, at the steps its weights had seen."""
+        life = int(actor["slot"]), int(actor["life"])
+        for score in scores:
+            if score["number"] <= self._eval_seen.get(life, 0):
+                continue
+            self._eval_seen[life] = score["number"]
+            version = (int(score["version"][0]), int(score["version"][1]))
+            newest = self._history[-1][1] if self._history else 0
+            env_steps = dict(self._published).get(version, newest)
+            self._eval_returns.append(score["return"])
+            self._write_score(
+                env_steps,
+                score["return"],
+                score["length"],
+                score["end"],
+                f"eval-{life[0]}-{life[1]}",
+                version,
+                "eval",
+            )
 
     def whole(self) -> Verdict:
         """Return what bounded the run so far, the time before its first update left out."""
@@ -74,22 +117,42 @@ class Recorder:
         """Write a row for each new episode that the actors finished."""
         fresh = [event for event in events if event.env_steps > self._scored]
         for event in fresh:
-            self._scores.write(
-                {
-                    "env_steps": event.env_steps,
-                    "env_frames": event.env_steps * self._repeat,
-                    "return": event.ret,
-                    "length": event.length,
-                    "end": event.end,
-                    "actor": event.stream,
-                    "policy_version": list(event.version),
-                    "split": "train",
-                }
+            self._write_score(
+                event.env_steps,
+                event.ret,
+                event.length,
+                event.end,
+                event.stream,
+                event.version,
+                "train",
             )
             if event.end != ABANDONED:
                 self._returns.append(event.ret)
             self.episodes += 1
         self._scored = max([self._scored, *(event.env_steps for event in fresh)])
+
+    def _write_score(
+        self,
+        env_steps: int,
+        ret: float,
+        length: int,
+        end: str,
+        actor: str,
+        version: tuple[int, int],
+        split: str,
+    ) -> None:
+        row = {
+            "env_steps": env_steps,
+            "env_frames": env_steps * self._repeat,
+            "return": ret,
+            "length": length,
+            "end": end,
+            "actor": actor,
+            "policy_version": list(version),
+            "split": split,
+        }
+        with self._lock:
+            self._scores.write(row)
 
     def log(self, env_steps: int, updates: int, values: Mapping[str, float], **facts: Any) -> None:
         """Write one row of metrics, a point of every curve, and the Prometheus gauges."""
@@ -98,6 +161,9 @@ class Recorder:
         general = {"env_steps_per_s": rates[0], "updates_per_s": rates[1], **facts}
         if self.return_mean is not None:
             general["episode_return"] = self.return_mean
+        if self.eval_mean is not None:
+            general["eval_return"] = self.eval_mean
+            self.exporter.update({"eval_return": self.eval_mean}, {})
         row = {"time": time.time(), "env_steps": env_steps, "env_frames": env_steps * self._repeat}
         row |= {"updates": updates, **general, **values}
         row |= {f"share/{phase}": share for phase, share in part.items()}
@@ -139,6 +205,7 @@ class Recorder:
             ratio_actual=ratio_actual,
             ratio_target=ratio_target,
             return_mean20=self.return_mean,
+            eval_mean20=self.eval_mean,
             episodes=self.episodes,
             losses=self.losses,
             policy_version=version,

@@ -31,7 +31,7 @@ class Snapshot:
     return_mean20: float | None
     """Mean return of the last 20 episodes; None before the first."""
     episodes: int
-    """Episodes finished."""
+    """Episodes finished in training."""
     losses: dict[str, float]
     """Training metrics of the last logged update."""
     policy_version: tuple[int, int]
@@ -54,6 +54,8 @@ class Snapshot:
     """Wall-clock time at which this process started, in seconds."""
     per_actor: list[dict[str, Any]] = field(default_factory=list)
     """What each actor says about itself."""
+    eval_mean20: float | None = None
+    """Mean return of the last 20 evaluation episodes; None before the first."""
     advice: str = ""
     """What to do about what bounds the run; empty where there is nothing."""
     metrics_port: int | None = None

@@ -26,6 +26,7 @@ SMALL = (
     + ("--replay.min-size-steps", "256", "--replay.chunk-steps", "16")
     + ("--learner.log-every-s", "0.5", "--learner.publish-every-s", "0.5")
 )
+EVALUATED = ("--eval.actors", "1", "--eval.episodes", "2", "--eval.every-s", "0.5")
 FOREVER = "10000000"
 START_S, END_S = 240.0, 180.0
 
@@ -106,7 +107,7 @@ def training(status: dict[str, object]) -> bool:
 
 
 def test_a_run_ends_by_itself_resumes_and_leaves_what_it_promises(start) -> None:  # type: ignore[no-untyped-def]
-    run = start("--steps", "1500")
+    run = start("--steps", "1500", *EVALUATED)
     assert run.process.wait(START_S + END_S) == 0, run.output()
     found = {path.name for path in run.directory.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "scores.jsonl", "curve.png", "replay"} <= found
@@ -125,9 +126,15 @@ def test_a_run_ends_by_itself_resumes_and_leaves_what_it_promises(start) -> None
     assert second.manifest["env_steps"] >= 2500
     assert second.manifest["update"] > first.manifest["update"]
     assert second.manifest["fence"] > first.manifest["fence"]
-    steps = [row["env_steps"] for row in read_rows(run.directory / "scores.jsonl")]
-    assert steps == sorted(steps)
-    assert {row["split"] for row in read_rows(run.directory / "scores.jsonl")} == {"train"}
+    rows = read_rows(run.directory / "scores.jsonl")
+    trained, played = ([row for row in rows if row["split"] == s] for s in ("train", "eval"))
+    steps = [row["env_steps"] for row in trained]
+    assert steps == sorted(steps) and len(trained) + len(played) == len(rows)
+    # What was played for its score alone is in no account of the replay.
+    assert played and sum(row["length"] for row in trained) <= steps[-1]
+    assert {row["actor"] for row in played} == {"eval-0-0"}
+    assert len({tuple(row["policy_version"]) for row in played}) > 1
+    assert "evaluation" in run.output()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
