@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from deploy.config import ConfigError, TrainConfig, nearest, with_values
 from deploy.presets.base import Preset
+from deploy.presets.control import CONTROL_PRESETS
 from deploy.presets.earlier import EARLIER_PRESETS
 from deploy.presets.v3 import V3_PRESETS
 from dreamer.presets import AGENTS, agent_config, sized
 
-PRESETS: dict[str, Preset] = V3_PRESETS | EARLIER_PRESETS
+PRESETS: dict[str, Preset] = V3_PRESETS | EARLIER_PRESETS | CONTROL_PRESETS
 
 
 def preset(name: str, size: str | None = None) -> TrainConfig:

@@ -43,7 +43,8 @@ def test_presets_draw_windows_as_their_papers_do() -> None:
         if (sampling := preset(name).replay.sampling)
     }
     within = {name for name in PRESETS if name.startswith(("v1-", "v2-", "pro-"))}
-    within -= {"pro-v3-dmc-vision"}
+    # Episodes of CartPole begin shorter than a window, so there they must be cut together.
+    within -= {"pro-v3-dmc-vision", "v1-cartpole", "v2-cartpole"}
     for name, (windows, ends, online) in drawn.items():
         assert windows == ("episodes" if name in within else "any"), name
         assert ends == (name in ("v2-atari", "v2-crafter")), name
