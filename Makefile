@@ -16,10 +16,10 @@ SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast bench secrets images up down logs clean
+.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV_STAMP) ## install everything for development into .venv
 
@@ -28,7 +28,7 @@ train: $(if $(wildcard $(DEV_STAMP)),$(DEV_STAMP),$(RUN_STAMP)) ## train Dreamer
 	$(BIN)/dreamfleet train --preset $(PRESET) $(ARGS)
 
 test: setup lint type ## everything that CI runs: lint, types, all tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not exhaustive" $(TEST_ARGS)
 
 lint: $(DEV_STAMP) ## style and formatting
 	$(BIN)/ruff check $(CODE)
@@ -39,6 +39,9 @@ type: $(DEV_STAMP) ## static types
 
 test-fast: $(DEV_STAMP) ## the tests that need neither other processes nor long training
 	$(BIN)/python -m pytest -m "not integration and not learning and not faults and not slow" $(TEST_ARGS)
+
+test-faults: $(DEV_STAMP) ## kill, stop, cut off and fill up everything; prints how long recovery takes
+	$(BIN)/python -m pytest -m faults $(TEST_ARGS)
 
 bench: $(DEV_STAMP) ## measure learner, replay, actors and the whole pipeline (ARGS="learner --json out.json")
 	$(BIN)/dreamfleet bench $(or $(ARGS),all)

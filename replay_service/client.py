@@ -394,7 +394,16 @@ def translate(error: Exception, address: str, function: str = "") -> ReplayError
     if isinstance(error, kinds.InvalidResponse) or "Protocol error" in str(error):
         return ReplayConfigError(f"what answers at {address} does not speak the Redis protocol")
     if isinstance(error, kinds.OutOfMemoryError) or "OOM" in str(error):
-        return ReplayFull(f"the server at {address} has reached its memory limit")
+        return ReplayFull(
+            f"the server at {address} has reached its memory limit: raise its maxmemory "
+            "(--replay.redis-memory-bytes) or lower --replay.capacity-steps"
+        )
+    if "MISCONF" in str(error):
+        # Learners wait for it too: unlike memory, the disk is needed for every write.
+        return ReplayUnavailable(
+            f"the server at {address} cannot write to its disk: make room where it keeps its data "
+            f"({_words_after('MISCONF', error)})"
+        )
     if "Function not found" in str(error):
         return ReplayUnavailable(f"no replay has been created on {address} yet")
     if "unknown command" in str(error).lower():
@@ -402,6 +411,10 @@ def translate(error: Exception, address: str, function: str = "") -> ReplayError
             f"the server at {address} lacks a command of Redis 7.0 that replay needs: {error}"
         )
     return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
+
+
+def _words_after(code: str, error: Exception) -> str:
+    return str(error).partition(code)[2].strip(" .") or "no reason was given"
 
 
 def _denied(error: Exception, address: str, function: str) -> str:

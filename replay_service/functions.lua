@@ -70,6 +70,17 @@ local function evict(log, seqs, size, held, steps, bytes, least, most)
   return chunks, freed, freed_bytes
 end
 
+-- A stream begins: nobody else may get its incarnation, also if a power cut took from the log that
+-- its writer did.
+local function claim(meta, sid)
+  local name, incarnation = string.match(sid, '^(.*)@(%d+)$')
+  if not name then return end
+  local field = 'incarnation:' .. name
+  if int(redis.call('HGET', meta, field)) < int(incarnation) then
+    redis.call('HSET', meta, field, incarnation)
+  end
+end
+
 -- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size,
 -- budget, longest chunk, largest chunk in bytes. Repeating it only updates the limits.
 local function create(keys, args)
@@ -126,6 +137,7 @@ local function insert(keys, args)
   local epoch = ensure_epoch(meta)
   local gone, freed, freed_bytes = evict(log, seqs, size, held, cap_steps - steps,
     cap_bytes - bytes, steps, EVICT_CHUNKS)
+  if last == 0 then claim(meta, sid) end
   redis.call('PERSIST', payload)
   local number = int(m[13]) + 1
   redis.call('XADD', log, epoch .. '-' .. whole(number), 'k', payload, 'n', whole(steps),
@@ -182,13 +194,15 @@ local function fence(keys)
 end
 
 -- KEYS meta, wake; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
--- A late or repeated call changes nothing; a new fence may move the account back.
+-- A late or repeated call changes nothing; a new fence may move the account back. A fence above the
+-- known one is that of a learner whose beginning a power cut took from the log: it stays in charge.
 local function settle(keys, args)
   local meta = keys[1]
   local m = redis.call('HMGET', meta, 'schema', 'fence', 'sampled', 'sampled_fence', 'inserted',
     'size')
   if not m[1] then return {'NONE'} end
-  if int(args[1]) ~= int(m[2]) then return {'FENCED', int(m[2])} end
+  if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
+  if int(args[1]) > int(m[2]) then redis.call('HSET', meta, 'fence', args[1]) end
   if int(m[4]) ~= int(args[1]) or int(args[2]) >= int(m[3]) then
     local id = redis.call('XADD', keys[2], 'MAXLEN', 1, '*', 'budget', args[3])
     redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3],

@@ -206,6 +206,30 @@ def test_log_of_an_emptied_server_continues_above_the_old_one(
             admin.flushall()
 
 
+def test_incarnation_that_a_power_cut_took_from_the_log_is_not_given_out_again(
+    client: ReplayClient, server: EmbeddedServer
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    assert client.open_stream("s0", at_least=7) == 7
+    with redis.Redis.from_url(server.url) as admin:
+        admin.hdel("{rp0}:meta", "incarnation:s0")
+    assert insert(client, chunk(0, 1, incarnation=7)) == "OK"
+    assert client.open_stream("s0") == 8
+
+
+def test_learner_whose_fence_a_power_cut_took_from_the_log_stays_in_charge(
+    client: ReplayClient, server: EmbeddedServer
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    older, newer = client.acquire_fence(), client.acquire_fence()
+    with redis.Redis.from_url(server.url) as admin:
+        admin.hset("{rp0}:meta", "fence", older)
+    client.settle(newer, 10, 10)
+    with pytest.raises(ReplayFenced):
+        client.settle(older, 20, 20)
+    assert client.acquire_fence() == newer + 1
+
+
 def test_incarnations_never_repeat(client: ReplayClient) -> None:
     client.create(SCHEMA, UNBOUNDED)
     assert [client.open_stream("a") for _ in range(3)] == [1, 2, 3]
