@@ -74,6 +74,15 @@ class _Slot:
     progress_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Farewell:
+    """An actor that was asked to leave."""
+
+    slot: _Slot
+    answer: Any
+    deadline: float
+
+
 class Fleet:
     """Actors of one run, supervised by a thread.
 
@@ -83,7 +92,9 @@ class Fleet:
         2. A slot that needs more than a few restarts in ten minutes is given up (quarantined), and
            its last error is kept. If all slots fail before any has taken a step, or more than half
            are quarantined, the fleet has failed, says why (`check`), and restarts nothing more.
-        3. After `stop` none of its actors runs.
+        3. After `scale` actors join, or the last ones leave: they stop stepping, deliver what they
+           hold and end, while the others go on.
+        4. After `stop` none of its actors runs.
 
     Args:
         spec: what every actor does; its slot and life are filled in here.
@@ -105,6 +116,7 @@ class Fleet:
         self._spec, self._source, self._on_failure = spec, source, on_failure
         self._limits = supervision or Supervision()
         self._slots = [_Slot(number) for number in range(actors)]
+        self._leaving: list[_Farewell] = []
         self._failure = ""
         self._restarts: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -128,11 +140,12 @@ class Fleet:
     def stats(self) -> list[dict[str, Any]]:
         """Return the last answer of every actor, with its state, restarts and last trouble.
 
-        The state is starting, acting, blocked, restarting, quarantined or stopped. `env_steps`
-        counts the records of all lives of the slot. `trouble` is why it was last replaced, `trace`
-        the traceback of that, if there is one.
+        The state is starting, acting, blocked, restarting, quarantined, draining or stopped.
+        `env_steps` counts the records of all lives of the slot. `trouble` is why it was last
+        replaced, `trace` the traceback of that, if there is one.
         """
         with self._lock:
+            leaving = [farewell.slot for farewell in self._leaving]
             return [
                 {
                     **slot.last,
@@ -145,19 +158,63 @@ class Fleet:
                     "trace": slot.trace,
                     "env_steps": slot.steps_before + slot.last.get("env_steps", 0),
                 }
-                for slot in self._slots
+                for slot in [*self._slots, *leaving]
             ]
 
     def summary(self) -> dict[str, Any]:
         """Return what `actors.metrics.FleetMetrics` exports."""
         with self._lock:
             states = Counter(slot.state for slot in self._slots)
+            if self._leaving:
+                states["draining"] = len(self._leaving)
             return {
                 "desired": len(self._slots),
                 "states": dict(states),
                 "restarts": dict(self._restarts),
                 "quarantined": states["quarantined"],
             }
+
+    def scale(self, actors: int, drain_s: float = 20.0) -> None:
+        """Let actors join or leave until there are so many. Returns at once; see `stats`.
+
+        Args:
+            actors: how many are wanted.
+            drain_s: time in which those that leave may deliver what they hold; what the train
+                ratio does not admit by then is given up, as when a run ends.
+
+        Raises:
+            ValueError: not a number of actors.
+            FleetError: the fleet has failed.
+        """
+        if actors < 1:
+            raise ValueError(f"a fleet needs at least 1 actor, got {actors}")
+        self.check()
+        with self._lock:
+            for number in range(len(self._slots), actors):
+                self._slots.append(_Slot(number))
+                self._launch(self._slots[-1])
+            for slot in reversed(self._slots[actors:]):
+                self._dismiss(slot, drain_s)
+            del self._slots[actors:]
+
+    def _dismiss(self, slot: _Slot, drain_s: float) -> None:
+        slot.state = "draining"
+        if slot.handle is not None:
+            answer = slot.handle.stop.remote(True, drain_s)
+            deadline = time.monotonic() + drain_s + self._limits.answer_timeout_s
+            self._leaving.append(_Farewell(slot, answer, deadline))
+        log.info("actor_leaves slot=%d life=%d", slot.number, slot.life)
+
+    def _see_off(self) -> None:
+        """Remove the actors that have delivered everything, or had their time."""
+        now = time.monotonic()
+        for farewell in list(self._leaving):
+            done, _ = ray.wait([farewell.answer], timeout=0)
+            if done:
+                self._note_farewell(farewell.slot, farewell.answer)
+            if done or now > farewell.deadline:
+                self._remove(farewell.slot)
+                self._leaving.remove(farewell)
 
     def collect(self, n_steps: int, version: Version, timeout_s: float = 600.0) -> int:
         """Have every actor take `n_steps` in each environment, one actor after the other.
@@ -191,6 +248,9 @@ class Fleet:
         if self._thread is not None:
             self._thread.join(self._limits.check_every_s + 30.0)
         with self._lock:
+            for farewell in self._leaving:
+                self._remove(farewell.slot)
+            self._leaving.clear()
             live = {slot.number: slot for slot in self._slots if slot.handle is not None}
             farewells = {
                 slot.handle.stop.remote(drain_s > 0, drain_s): slot for slot in live.values()
@@ -266,9 +326,12 @@ class Fleet:
         )
         with self._lock:
             for question in answered:
-                self._take_answer(questions[question], question)
+                if questions[question].state != "draining":
+                    self._take_answer(questions[question], question)
             for question in missing:
-                self._take_silence(questions[question])
+                if questions[question].state != "draining":
+                    self._take_silence(questions[question])
+            self._see_off()
             self._judge()
 
     def _take_answer(self, slot: _Slot, question: Any) -> None:

@@ -166,6 +166,24 @@ def _status(args: list[str]) -> int:
     return status(parse(StatusOptions, args, command="status"))
 
 
+def _scale(args: list[str]) -> int:
+    from deploy.scale import ScaleOptions, scale
+
+    return scale(parse(ScaleOptions, args, command="scale"))
+
+
+def _runs(args: list[str]) -> int:
+    from deploy.runs import RunsOptions, runs
+
+    return runs(parse(RunsOptions, args, command="runs"))
+
+
+def _report(args: list[str]) -> int:
+    from deploy.report import ReportOptions, report
+
+    return report(parse(ReportOptions, args, command="report"))
+
+
 def _bench(args: list[str]) -> int:
     from deploy.bench import BenchOptions, bench
 
@@ -199,6 +217,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command(summary="train an agent, or continue a run", run=_train),
     "eval": Command(summary="play episodes with a run's newest checkpoint", run=_eval),
     "status": Command(summary="show how a run is doing, or how it ended", run=_status),
+    "runs": Command(summary="list runs: preset, agent, steps, return, state", run=_runs),
+    "report": Command(summary="write one HTML file about a run", run=_report),
+    "scale": Command(summary="let actors join or leave a running training", run=_scale),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
     "replay": Command(summary="check, export or import what a run has collected", run=_replay),

@@ -9,7 +9,7 @@ from typing import Any
 
 from actors.actor import ActorSpec
 from actors.config import EvalConfig
-from actors.fleet import Fleet
+from actors.fleet import Fleet, Supervision
 from actors.weights import HubSource
 from deploy.evaluate import SEED_OFFSET
 from learner.bound import PhaseClock
@@ -34,6 +34,7 @@ class Crew:
         actors: how many.
         evaluation: actors that play for scores alone. They go on during a round and a cut, and
             their failures are seen in `stats` and do not end the run.
+        cpus_per_actor: slots of Ray that each takes.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Crew:
         *,
         actors: int,
         evaluation: EvalConfig | None = None,
+        cpus_per_actor: float = Supervision.cpus_per_actor,
     ) -> None:
         self._spec, self._hub, self._client, self._actors = spec, hub, client, actors
         self._evaluation = evaluation or EvalConfig()
         self._evaluators: Fleet | None = None
+        self._supervision = Supervision(cpus_per_actor=cpus_per_actor)
         self._on_failure: Callable[[], None] = lambda: None
         self._fleet: Fleet | None = None
         self._publisher: Publisher | None = None
@@ -74,7 +77,9 @@ class Crew:
                 episodes=wanted.episodes,
                 rest_s=wanted.every_s,
             )
-            self._evaluators = Fleet(spec, HubSource(self._hub), actors=wanted.actors)
+            self._evaluators = Fleet(
+                spec, HubSource(self._hub), actors=wanted.actors, supervision=self._supervision
+            )
             self._evaluators.start()
 
     def _start_training(self) -> None:
@@ -82,10 +87,21 @@ class Crew:
             self._spec,
             HubSource(self._hub),
             actors=self._actors,
+            supervision=self._supervision,
             on_failure=lambda message: self._on_failure(),
         )
         fleet.start()
         self._fleet = fleet
+
+    def scale(self, actors: int) -> None:
+        """Let actors join or leave a run that is going on; see `Fleet.scale`.
+
+        Raises:
+            FleetError, ValueError: it cannot be done.
+        """
+        if self._fleet is not None:
+            self._fleet.scale(actors)
+        self._actors = actors
 
     def check(self) -> None:
         """Raise FleetError if the fleet has failed."""

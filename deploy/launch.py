@@ -23,6 +23,7 @@ from deploy.interrupts import Interrupts
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
 from deploy.rundir import run_directory
+from deploy.scale import heed_order
 from deploy.sentinel import Sentinel
 from deploy.status import STATUS_FILE
 from replay_service import (
@@ -118,7 +119,7 @@ def train(config: TrainConfig) -> int:
         resume(learner, run)
         stack.callback(fleet.stop, DRAIN_S)
         fleet.start(learner.stop.set)
-        with reporting(learner, fleet, run, f"{config.env} · {run}"):
+        with reporting(config, learner, fleet, run):
             with interrupts.graceful(learner.stop.set):
                 outcome = learner.run()
             fleet.check()
@@ -207,6 +208,7 @@ def make_fleet(
     Of the replay server they get the address alone: each reads its password from a file.
     """
     from actors.actor import ActorSpec
+    from actors.fleet import Supervision
     from deploy.crew import Crew
 
     spec = ActorSpec(
@@ -224,7 +226,15 @@ def make_fleet(
         seed=config.seed,
         lockstep=config.lockstep,
     )
-    return Crew(spec, hub, client, actors=config.actors, evaluation=config.eval)
+    return Crew(
+        spec,
+        hub,
+        client,
+        actors=config.actors,
+        evaluation=config.eval,
+        # A private Ray has one node, and nothing to decide: any number of actors may join later.
+        cpus_per_actor=0.0 if config.ray == "local" else Supervision.cpus_per_actor,
+    )
 
 
 def make_learner(
@@ -333,14 +343,18 @@ def resume(learner: Learner, run: Path) -> None:
 
 
 @contextmanager
-def reporting(learner: Learner, fleet: Crew, run: Path, title: str) -> Iterator[None]:
-    """Keep ``status.json`` and the view on the terminal up to date while the block runs."""
+def reporting(config: TrainConfig, learner: Learner, fleet: Crew, run: Path) -> Iterator[None]:
+    """Keep ``status.json`` and the view on the terminal up to date while the block runs.
+
+    The same thread heeds `dreamfleet scale`.
+    """
     from learner.status import write_status
 
     done = threading.Event()
 
     def report() -> None:
         while True:
+            heed_order(config, run, fleet)
             learner.recorder.note_actors(fleet.stats())
             write_status(run / STATUS_FILE, learner.snapshot())
             if done.wait(STATUS_EVERY_S):
@@ -349,7 +363,7 @@ def reporting(learner: Learner, fleet: Crew, run: Path, title: str) -> Iterator[
     thread = threading.Thread(target=report, name="status", daemon=True)
     thread.start()
     try:
-        with follow(lambda: asdict(learner.snapshot()), title):
+        with follow(lambda: asdict(learner.snapshot()), f"{config.env} · {run}"):
             yield
     except BaseException:
         learner.outcome = "failed"

@@ -72,6 +72,9 @@ def _options(command: str) -> type:
     from deploy.checkenv import CheckOptions
     from deploy.doctor import DoctorOptions
     from deploy.evaluate import EvalOptions
+    from deploy.report import ReportOptions
+    from deploy.runs import RunsOptions
+    from deploy.scale import ScaleOptions
     from deploy.secretscmd import SecretsOptions
     from deploy.status import StatusOptions
 
@@ -80,6 +83,9 @@ def _options(command: str) -> type:
         "check-env": CheckOptions,
         "doctor": DoctorOptions,
         "eval": EvalOptions,
+        "report": ReportOptions,
+        "runs": RunsOptions,
+        "scale": ScaleOptions,
         "secrets": SecretsOptions,
         "status": StatusOptions,
     }[command]

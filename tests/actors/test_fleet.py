@@ -130,6 +130,29 @@ def test_slot_that_keeps_failing_is_quarantined_with_its_traceback(
         fleet.check()
 
 
+def test_actors_join_and_leave_and_those_that_leave_deliver_what_they_hold(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    fleet = launch(fleets, source, make_spec(client, envs=1), actors=1)
+    until(lambda: states(fleet) == ["acting"])
+    (stays,) = (actor["pid"] for actor in fleet.stats())
+    fleet.scale(3)
+    until(lambda: states(fleet) == ["acting"] * 3)
+    gone = [psutil.Process(actor["pid"]) for actor in fleet.stats()[1:]]
+    until(lambda: all(actor["env_steps"] > 20 for actor in fleet.stats()))
+    leaving = [slot for slot in fleet._slots[1:]]
+    fleet.scale(1)
+    assert fleet.summary()["desired"] == 1 and fleet.summary()["states"]["draining"] == 2
+    until(lambda: len(fleet.stats()) == 1)
+    assert not psutil.wait_procs(gone, timeout=10.0)[1]
+    assert [actor["pid"] for actor in fleet.stats()] == [stays] and states(fleet) == ["acting"]
+    for slot in leaving:
+        assert slot.last["phase"] == "stopped"
+        assert slot.last["inserted_steps"] == slot.last["env_steps"] > 20
+    with pytest.raises(ValueError, match="at least 1 actor, got 0"):
+        fleet.scale(0)
+
+
 def test_fleet_in_lockstep_collects_from_every_actor(
     client: ReplayClient, source: HubSource, fleets: list[Fleet]
 ) -> None:

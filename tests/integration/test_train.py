@@ -150,6 +150,23 @@ def test_a_signal_saves_and_leaves_no_process(start, number: signal.Signals, cod
     assert saved.manifest["update"] == run.status()["updates"]
 
 
+def test_actors_join_and_leave_a_run_and_it_keeps_the_number(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER)
+    run.wait_for(training, START_S)
+    for actors in ("3", "2"):
+        command = [sys.executable, "-m", "deploy.cli", "scale", str(run.directory)]
+        done = subprocess.run(
+            [*command, "--actors", actors], cwd=ROOT, capture_output=True, text=True, timeout=END_S
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + run.output()
+        assert f"{actors} actors wanted" in done.stdout
+    found = run.status()["per_actor"]
+    assert isinstance(found, list) and len(found) == 2
+    assert "actors: 2" in (run.directory / "config.yaml").read_text()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(END_S) == 143, run.output()
+
+
 def test_a_second_signal_stops_at_once(start) -> None:  # type: ignore[no-untyped-def]
     run = start("--steps", FOREVER)
     run.wait_for(training, START_S)
