@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class Supervision:
     """Wait before a second restart in the window; doubles with each further one."""
     cpus_per_actor: float = 0.25
     """CPU slots of Ray that an actor takes; below 1 because the fleet may oversubscribe."""
+    resources_per_actor: Mapping[str, float] = field(default_factory=dict)
+    """Further resources of Ray that an actor takes, which only some nodes offer."""
 
 
 @dataclass
@@ -279,6 +281,7 @@ class Fleet:
             ray.remote(kind)
             .options(
                 num_cpus=self._limits.cpus_per_actor,
+                resources=dict(self._limits.resources_per_actor),
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=_ANSWER_THREADS,
@@ -369,7 +372,9 @@ class Fleet:
         since = slot.asked_at if slot.last else slot.started_at
         limit = self._limits.answer_timeout_s if slot.last else self._limits.start_timeout_s
         if time.monotonic() - since > limit:
-            self._replace(slot, "hung", f"no answer for {limit:.0f} s")
+            needs = {"CPU": self._limits.cpus_per_actor, **self._limits.resources_per_actor}
+            where = "" if slot.last else f" since it was asked for: is there a node with {needs}?"
+            self._replace(slot, "hung", f"no answer for {limit:.0f} s{where}")
 
     def _replace(self, slot: _Slot, reason: str, trouble: str, trace: str = "") -> None:
         """Remove whoever fills the slot, and plan its successor unless the slot is given up."""

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +119,21 @@ class WeightHub:
         log.info("weights_restored version=%s", weights.version)
 
 
-def start_hub(directory: Path | None = None) -> Any:
-    """Start a hub on this Ray cluster and return its handle; Ray restarts it if it dies."""
+def start_hub(directory: Path | None = None, resources: Mapping[str, float] | None = None) -> Any:
+    """Start a hub on this Ray cluster and return its handle; Ray restarts it if it dies.
+
+    Args:
+        directory: folder for the newest weights; None keeps them in memory only.
+        resources: what the node must offer, so that the folder is there.
+    """
     return (
         ray.remote(WeightHub)
-        .options(num_cpus=0, max_restarts=-1, max_concurrency=10_000)
+        .options(
+            num_cpus=0,
+            resources=dict(resources or {}),
+            max_restarts=-1,
+            max_concurrency=10_000,
+        )
         .remote(str(directory) if directory else None)
     )
 

@@ -23,6 +23,8 @@ TEMP_PREFIX = "dreamfleet-ray-"
 OBJECT_STORE_BYTES = 256 * MIB
 """Room for a few copies of the largest published policy."""
 
+LEARNER, ACTOR = "learner", "actor"
+"""Resources of Ray with which the nodes of a cluster say what they are for."""
 LISTENER_TIMEOUT_S = 5.0
 
 
@@ -56,6 +58,49 @@ def ray_cluster(address: str, *, cpus: int, sentinel: Sentinel) -> Iterator[None
         import ray
 
         ray.shutdown()
+
+
+def this_node() -> dict[str, float]:
+    """Return the resource that this node of the joined Ray alone offers."""
+    import ray
+
+    return {f"node:{ray.util.get_node_ip_address()}": 0.001}
+
+
+def actor_resources(actors: int) -> dict[str, float]:
+    """Return what each actor takes on the joined Ray, besides a share of a CPU.
+
+    A cluster has roles if one of its nodes offers the resource ``learner`` or ``actor``. Then this
+    process must be on a node with the first, where there is one, and actors go to nodes with the
+    second, of which each takes 1. Actors without room wait until a node joins; the log says so.
+
+    Raises:
+        ClusterError: this node is not for learners.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    offers = {node["NodeID"]: node["Resources"] for node in nodes}
+    here = ray.get_runtime_context().get_node_id()
+    learners = [node["NodeManagerHostname"] for node in nodes if LEARNER in node["Resources"]]
+    slots = sum(found.get(ACTOR, 0.0) for found in offers.values())
+    if not learners and not slots:
+        return {}
+    if learners and LEARNER not in offers.get(here, {}):
+        raise ClusterError(
+            f"this process is on a node without the Ray resource {LEARNER!r}, which "
+            f"{', '.join(sorted(learners))} has: submit with ray job submit "
+            f"--entrypoint-resources '{{\"{LEARNER}\": 1}}', or start it on that node"
+        )
+    if slots < actors:
+        log.warning(
+            "actors_without_room wanted=%d offered=%d: the others wait until a node joins with "
+            "ray start --resources '{\"%s\": N}'",
+            actors,
+            slots,
+            ACTOR,
+        )
+    return {ACTOR: 1.0}
 
 
 def _start_private(cpus: int, sentinel: Sentinel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class Crew:
         evaluation: actors that play for scores alone. They go on during a round and a cut, and
             their failures are seen in `stats` and do not end the run.
         cpus_per_actor: slots of Ray that each takes.
+        resources: of Ray, which each of them takes from its node.
     """
 
     def __init__(
@@ -46,11 +47,14 @@ class Crew:
         actors: int,
         evaluation: EvalConfig | None = None,
         cpus_per_actor: float = Supervision.cpus_per_actor,
+        resources: Mapping[str, float] | None = None,
     ) -> None:
         self._spec, self._hub, self._client, self._actors = spec, hub, client, actors
         self._evaluation = evaluation or EvalConfig()
         self._evaluators: Fleet | None = None
-        self._supervision = Supervision(cpus_per_actor=cpus_per_actor)
+        self._supervision = Supervision(
+            cpus_per_actor=cpus_per_actor, resources_per_actor=resources or {}
+        )
         self._on_failure: Callable[[], None] = lambda: None
         self._fleet: Fleet | None = None
         self._publisher: Publisher | None = None

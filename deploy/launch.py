@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.cluster import ray_cluster
+from deploy.cluster import actor_resources, ray_cluster, this_node
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
 from deploy.interrupts import Interrupts
 from deploy.probe import EnvFacts, probe
@@ -194,10 +194,10 @@ def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
 
 
 def weight_hub(run: Path) -> Any:
-    """Start the hub; the newest weights are kept in the run directory."""
+    """Start the hub on this node; the newest weights are kept in the run directory."""
     from actors.hub import start_hub
 
-    return start_hub(run.absolute() / "weights")
+    return start_hub(run.absolute() / "weights", this_node())
 
 
 def make_fleet(
@@ -234,6 +234,7 @@ def make_fleet(
         evaluation=config.eval,
         # A private Ray has one node, and nothing to decide: any number of actors may join later.
         cpus_per_actor=0.0 if config.ray == "local" else Supervision.cpus_per_actor,
+        resources=actor_resources(config.actors + config.eval.actors),
     )
 
 

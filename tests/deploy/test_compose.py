@@ -19,7 +19,7 @@ from deploy.cli import parse_train
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-OURS = {"replay", "ray-head", "actors", "learner", "learner-gpu"}
+OURS = {"ray-head", "actors", "learner", "learner-gpu"}
 SERVICES = OURS | {"redis", "redis-exporter", "prometheus", "grafana", "dcgm-exporter"}
 LOOPBACK = "127.0.0.1"
 
@@ -148,7 +148,7 @@ def test_no_service_holds_a_secret_that_it_does_not_need(everything: dict[str, A
     assert held["actors"] == {"actor.password", "ray.token"}
     assert held["learner"] == {"learner.password", "ray.token"}
     assert held["redis-exporter"] == {"exporter.password"}
-    assert held["prometheus"] == set()
+    assert held["prometheus"] == {"ray.token"}
 
 
 def test_our_own_commands_are_understood(everything: dict[str, Any]) -> None:
