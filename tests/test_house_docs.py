@@ -24,7 +24,7 @@ def commands(text: str) -> list[list[str]]:
     code = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.DOTALL))
     code += "\n" + "\n".join(re.findall(r"`([^`\n]+)`", text))
     found = []
-    for part in re.split(r"\n|;|&&", code):
+    for part in re.split(r"\n|;|&&| -- (?=dreamfleet)", code.replace("\\\n", " ")):
         match = re.match(r"(?:do )?\s*(?:\.venv/bin/)?dreamfleet (\w.*)", part.strip())
         if match:
             found.append(shlex.split(match[1].replace("$s", "0"), comments=True))
