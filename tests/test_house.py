@@ -240,7 +240,9 @@ def test_tracked_files_end_with_one_newline_and_are_small() -> None:
 
 def test_bare_make_lists_its_targets() -> None:
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    targets = "setup train test lint type test-fast bench secrets images up down logs rehearse clean"
+    targets = (
+        "setup train test lint type test-fast bench secrets images up down logs rehearse clean"
+    )
     for target in targets.split():
         assert re.search(rf"^\s+make {target}\s+\S", shown, re.MULTILINE), f"{target} in:\n{shown}"
 
