@@ -178,6 +178,12 @@ def _runs(args: list[str]) -> int:
     return runs(parse(RunsOptions, args, command="runs"))
 
 
+def _export(args: list[str]) -> int:
+    from deploy.export import ExportOptions, export
+
+    return export(parse(ExportOptions, args, command="export"))
+
+
 def _report(args: list[str]) -> int:
     from deploy.report import ReportOptions, report
 
@@ -219,6 +225,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command(summary="show how a run is doing, or how it ended", run=_status),
     "runs": Command(summary="list runs: preset, agent, steps, return, state", run=_runs),
     "report": Command(summary="write one HTML file about a run", run=_report),
+    "export": Command(summary="write the acting agent as one file for torch", run=_export),
     "scale": Command(summary="let actors join or leave a running training", run=_scale),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),

@@ -119,7 +119,7 @@ def evaluate(options: EvalOptions) -> int:
         ConfigError: there is no run, or no checkpoint in it.
     """
     config = load_config(require_run(options.run_dir) / FILE_NAME)
-    found = _checkpoint(options.run_dir)
+    found = require_checkpoint(options.run_dir)
     camera = Camera()
     with console().status(f"playing {options.episodes} episodes of {config.env} …"):
         episodes = _play_checkpoint(config, found, options, camera)
@@ -193,7 +193,8 @@ def statistics_of(episodes: Sequence[Episode]) -> dict[str, float]:
     }
 
 
-def _checkpoint(directory: Path) -> Any:
+def require_checkpoint(directory: Path) -> Any:
+    """Return the newest valid checkpoint of a run. Raises ConfigError if there is none yet."""
     from learner.checkpoint import load_newest
 
     found = load_newest(directory / "checkpoints")
@@ -214,7 +215,7 @@ def _play_checkpoint(
     try:
         for i in range(min(options.envs, options.episodes)):
             envs.append(make_env(config.env, config.environment, seed + i))
-        policy = _policy(config, found, envs[0], seed)
+        policy = policy_of(config, found, envs[0], seed)
         if options.video:
             camera.reconstruct = _reconstruct(config, found, envs[0], policy)
         return play(
@@ -255,7 +256,8 @@ def _reconstruct(config: TrainConfig, found: Any, env: Any, policy: Any) -> Reco
     return pictures
 
 
-def _policy(config: TrainConfig, found: Any, env: Any, seed: int) -> Any:
+def policy_of(config: TrainConfig, found: Any, env: Any, seed: int) -> Any:
+    """Return the acting policy of a checkpoint, for environments with the spaces of ``env``."""
     import torch
 
     from dreamer.agent import POLICY_PARTS

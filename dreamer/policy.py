@@ -90,12 +90,7 @@ class Policy(nn.Module):
             raise ValueError(f"unknown acting mode {mode!r}; use one of {', '.join(MODES)}")
         count = len(is_first)
         if self._state is None or len(self._state[0]) != count:
-            initial = self.rssm.initial(count)
-            self._state = (
-                initial.deter,
-                initial.stoch.flatten(1),
-                torch.zeros(count, self.codec.size),
-            )
+            self._state = self.initial_state(count)
         before = self._state
         outer = torch.get_rng_state()
         torch.set_rng_state(self._random)
@@ -121,12 +116,31 @@ class Policy(nn.Module):
 
     def _step(self, obs: Mapping[str, NDArray[Any]], is_first: Tensor, mode: str) -> Tensor:
         assert self._state is not None
-        deter, stoch, previous = self._state
         # Arrays that are not contiguous or read-only are copied: torch cannot wrap them.
         arrays = {key: np.require(x, requirements=["C", "W"]) for key, x in obs.items()}
         tensors = {key: torch.from_numpy(x).unsqueeze(1) for key, x in arrays.items()}
+        action, self._state = self.decide(tensors, is_first, self._state, mode)
+        return action
+
+    def initial_state(self, count: int) -> State:
+        """Return (deter, flat stoch, action) of zeros for so many environments."""
+        initial = self.rssm.initial(count)
+        return initial.deter, initial.stoch.flatten(1), torch.zeros(count, self.codec.size)
+
+    def decide(
+        self, obs: dict[str, Tensor], is_first: Tensor, state: State, mode: str
+    ) -> tuple[Tensor, State]:
+        """Return actions (K, A) as the networks see them, and the next state.
+
+        Args:
+            obs: {key: (K, 1, …)}.
+            is_first: (K,) bool.
+            state: of `initial_state`, or what the last call returned.
+            mode: as for `step`.
+        """
+        deter, stoch, previous = state
         keep = (~is_first).float()[:, None]
-        embed = self.rssm.posterior.project_embed(self.encoder(tensors)[:, 0])
+        embed = self.rssm.posterior.project_embed(self.encoder(obs)[:, 0])
         drive = self.rssm.core.project_action(previous * keep)
         start = self.rssm.start()
         deter, stoch, _ = self.rssm.observe_step(deter, stoch, drive, embed, keep, start)
@@ -134,8 +148,7 @@ class Policy(nn.Module):
         action: Tensor = dist.mode() if mode == "greedy" else dist.sample()
         if mode == "explore":
             action = dist.explore(action, *self.config.exploration.at(self.version[1]))
-        self._state = (deter, stoch, action)
-        return action
+        return action, (deter, stoch, action)
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Return (K, D) and (K, Z), flat: the latents after the observations of the last step."""

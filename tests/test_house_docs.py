@@ -72,6 +72,7 @@ def _options(command: str) -> type:
     from deploy.checkenv import CheckOptions
     from deploy.doctor import DoctorOptions
     from deploy.evaluate import EvalOptions
+    from deploy.export import ExportOptions
     from deploy.report import ReportOptions
     from deploy.runs import RunsOptions
     from deploy.scale import ScaleOptions
@@ -83,6 +84,7 @@ def _options(command: str) -> type:
         "check-env": CheckOptions,
         "doctor": DoctorOptions,
         "eval": EvalOptions,
+        "export": ExportOptions,
         "report": ReportOptions,
         "runs": RunsOptions,
         "scale": ScaleOptions,
