@@ -20,20 +20,18 @@ Recovered = Callable[..., None]
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_a_writer_is_killed_at_random_points(rig: Rig, recovered: Recovered, kills: int) -> None:
     choice, slowest = random.Random(kills), 0.0
+    writer = rig.writer(0, 1)
+    rig.wait_chunks(1)
     for _ in range(kills):
-        writer = rig.writer(0, 1)
         rig.wait_chunks(choice.randint(3, 20))
         time.sleep(choice.random() * 0.05)
         writer.kill()
         began = time.monotonic()
-        successor = rig.writer(0, 1)
+        writer = rig.writer(0, 1)
         rig.wait_chunks(1)
         slowest = max(slowest, time.monotonic() - began)
-        successor.kill()
-    rig.writer(0, 1)
-    rig.wait_chunks(2)
     rig.verify()
-    recovered(slowest, 10.0, "what was not acknowledged")
+    recovered(slowest, 20.0, "what was not acknowledged")
 
 
 def test_a_stopped_writer_that_was_replaced_comes_back(rig: Rig, recovered: Recovered) -> None:
