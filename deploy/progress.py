@@ -240,6 +240,8 @@ def _facts(snapshot: Snapshot) -> RenderableType:
     grid.add_row("bound by", Text(_bound(snapshot), "bold"))
     if snapshot.get("waiting_for"):
         grid.add_row("waits for", str(snapshot["waiting_for"]))
+    if snapshot.get("inserts_wait"):
+        grid.add_row("actors", str(snapshot["inserts_wait"]))
     grid.add_row("time goes to", _shares(snapshot))
     grid.add_row("losses", _losses(snapshot))
     return grid

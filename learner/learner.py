@@ -26,7 +26,8 @@ from learner.skipped import save_batch
 from learner.status import Snapshot
 from learner.step import UpdateStep
 from learner.video import write_videos
-from replay_service import ReplayFenced, ReplayUnavailable
+from learner.waits import Standstill, lasting
+from replay_service import ByteBudget, ReplayError, ReplayFenced, ReplayUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,12 @@ class Learner:
         self.stop = threading.Event()
         self.outcome = ""
         self._values: dict[str, float] = {}
+        self._no_updates, self._no_inserts = Standstill(), Standstill()
+        self._memory = ByteBudget(
+            "replay server",
+            "raise --replay.redis-memory-bytes (or the server's maxmemory), or lower "
+            "--replay.capacity-steps; at 100 % actors wait, nothing is lost",
+        )
         self.checkpoint_failures = 0
         self.skipped_updates = 0
         if facts.lockstep:
@@ -183,9 +190,22 @@ class Learner:
             ratio_target=float(self.limiter.train_ratio),
             version=stats.version,
             weights_age_s=age,
-            waiting_for=self.pace.reason,
+            waiting_for=lasting(*self._updates_wait()),
+            inserts_wait=lasting(*self._inserts_wait()),
             phase=self.outcome or None,
         )
+
+    def _updates_wait(self) -> tuple[str, float]:
+        """Return why no update starts, and for how many seconds none has."""
+        reason = self.pace.reason
+        return reason, self._no_updates.seconds(reason, self.updates)
+
+    def _inserts_wait(self) -> tuple[str, float]:
+        """Return why no insert is admitted, and for how many seconds none has been."""
+        reason, size = "", self.mirror.size_steps
+        if not self.facts.lockstep:
+            reason = self.limiter.why_inserts_wait(size, self.env_steps, self.updates)
+        return reason, self._no_inserts.seconds(reason, self.env_steps)
 
     def save(self) -> Path | None:
         """Write a checkpoint of everything. Returns None, and counts, if the disk refuses."""
@@ -375,6 +395,10 @@ class Learner:
             "replay_ratio_target": target,
             "replay_drift_steps": drift,
             "replay_budget_steps": self._budget(),
+            "replay_memory_share": self._memory_share(),
+            "mirror_queue_share": mirror.queue_share,
+            "updates_waiting_seconds": self._updates_wait()[1],
+            "inserts_waiting_seconds": self._inserts_wait()[1],
             "mirror_lag_chunks": mirror.lag_chunks,
             "weights_update": stats.version[1],
             "fence": self.fence,
@@ -396,6 +420,14 @@ class Learner:
         }
         self.recorder.exporter.update(gauges, counters)
         self._logged_update = self.updates
+
+    def _memory_share(self) -> float:
+        """Return the share of the server's memory that is used; the last known in an outage."""
+        try:
+            return self._memory.watch(*self.client.memory())
+        except ReplayError as error:
+            log.debug("memory_unknown error=%s", error)
+            return self._memory.share
 
     def _video(self) -> None:
         """Write open-loop predictions of the last windows; the run's randomness is untouched."""

@@ -187,6 +187,7 @@ class Recorder:
         version: tuple[int, int],
         weights_age_s: float | None,
         waiting_for: str,
+        inserts_wait: str = "",
         phase: str | None = None,
     ) -> Snapshot:
         """Return what the run is doing now. Safe to call from another thread.
@@ -216,6 +217,7 @@ class Recorder:
             eta_s=left / rates[0] if rates[0] > 0 else None,
             phase=phase or self.clock.phase,
             waiting_for=waiting_for,
+            inserts_wait=inserts_wait,
             pid=os.getpid(),
             started_at=self.started_at,
             per_actor=self.actors,

@@ -47,7 +47,9 @@ class Snapshot:
     phase: str
     """What the learner is doing, or how the run ended."""
     waiting_for: str
-    """Why no update is running; empty while updates run."""
+    """Why no update is running, and for how long; empty while updates run."""
+    inserts_wait: str
+    """Why no insert is admitted, and for how long; empty while they are."""
     pid: int
     """Process of the learner."""
     started_at: float

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from replay_service.archive import Archive, export_archive
     from replay_service.audit import Violation
+    from replay_service.budgets import ByteBudget
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
     from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "archive": ("Archive", "export_archive"),
     "audit": ("Violation",),
+    "budgets": ("ByteBudget",),
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
     "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
@@ -72,6 +74,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "Archive",
+    "ByteBudget",
     "CheckReport",
     "ChunkError",
     "Chunk",

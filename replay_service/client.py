@@ -304,6 +304,14 @@ class ReplayClient:
             raise self._missing()
         return ReplayStats(**{name: int(values[key]) for name, key in _STATS_FIELDS.items()})
 
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes that the server uses and its limit, 0 for none."""
+        try:
+            found: dict[str, Any] = self._redis.info("memory")
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.address) from error
+        return int(found["used_memory"]), int(found.get("maxmemory", 0))
+
     def evict(self, size_steps: int, size_bytes: int, max_chunks: int = 1024) -> int:
         """Drop the oldest chunks until both sizes hold; works on a server without memory left.
 

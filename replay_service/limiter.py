@@ -108,15 +108,32 @@ class CreditLimiter:
         if size < self.min_size_steps:
             self.reason = f"updates wait for the first {self.min_size_steps} steps ({size} so far)"
             return False
-        drift = self.drift(inserted, updates)
-        if drift - self.batch_steps < -self.tol_s:
-            self.reason = (
-                f"updates wait for experience: drift {float(drift):.0f} of "
-                f"[{-self.tol_s}, {self.tol_i}] replayed steps at ratio {float(self.train_ratio):g}"
-            )
+        if self.drift(inserted, updates) - self.batch_steps < -self.tol_s:
+            self.reason = f"updates wait for experience: {self.describe(inserted, updates)}"
             return False
         self.reason = ""
         return True
+
+    def why_inserts_wait(self, size: int, inserted: int, updates: int) -> str:
+        """Return why a whole chunk is not admitted now, or nothing if it is."""
+        if size < self.min_size_steps or inserted + self.chunk_steps <= self.budget(updates):
+            return ""
+        return f"inserts wait for training: {self.describe(inserted, updates)}"
+
+    def describe(self, inserted: int, updates: int) -> str:
+        """Return the account in words: "33.1 replayed steps per step, band 31–33"."""
+        paid = inserted - self.i0
+        if paid <= 0:
+            return (
+                f"drift {float(self.drift(inserted, updates)):.0f} of [{-self.tol_s}, "
+                f"{self.tol_i}] replayed steps at ratio {float(self.train_ratio):g}"
+            )
+        ratio = float(self.train_ratio)
+        low, high = max(ratio - self.tol_i / paid, 0.0), ratio + self.tol_s / paid
+        return (
+            f"{self.replayed_steps(updates) / paid:.4g} replayed steps per step, "
+            f"band {low:.4g}–{high:.4g}"
+        )
 
     def budget(self, updates: int) -> int:
         """Return the total of inserted steps that this many updates pay for."""

@@ -168,6 +168,11 @@ class Mirror:
         return len(self._tail)
 
     @property
+    def queue_share(self) -> float:
+        """Share of the memory for fetched chunks that is taken, 0 to 1."""
+        return self._tail.queued_share
+
+    @property
     def trouble(self) -> str:
         """Why the log cannot be read now; empty while it can."""
         return self._tail.trouble

@@ -69,6 +69,11 @@ class LogTail:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def queued_share(self) -> float:
+        """Share of the bound in bytes that is taken, 0 to 1."""
+        return min(self._queued_bytes / self._limit, 1.0)
+
     def take(self) -> list[Arrival]:
         """Take everything that has arrived, without waiting.
 

@@ -45,6 +45,18 @@ def test_reason_says_what_is_waited_for() -> None:
     assert "drift -4096 of [-4096, 4096] replayed steps at ratio 32" in limiter.reason
 
 
+def test_both_sides_say_where_the_account_is_in_its_band() -> None:
+    limiter = CreditLimiter(**USUAL)
+    assert not limiter.may_start_update(5024, 5024, 129)
+    want = "33.02 replayed steps per step, band 30.98–33.02"
+    assert limiter.reason == f"updates wait for experience: {want}"
+    assert limiter.why_inserts_wait(5024, 5024, 121) == (
+        "inserts wait for training: 30.98 replayed steps per step, band 30.98–33.02"
+    )
+    assert limiter.why_inserts_wait(5024, 5024, 125) == ""
+    assert limiter.why_inserts_wait(100, 100, 0) == ""
+
+
 @pytest.mark.parametrize(
     ("change", "want"),
     [
