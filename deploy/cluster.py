@@ -25,6 +25,8 @@ OBJECT_STORE_BYTES = 256 * MIB
 
 LEARNER, ACTOR = "learner", "actor"
 """Resources of Ray with which the nodes of a cluster say what they are for."""
+_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Despite its name Ray reads it on every system."""
 LISTENER_TIMEOUT_S = 5.0
 
 
@@ -107,7 +109,7 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
     # Ray's sockets lie below this folder and their paths are limited to 107 characters.
     temp = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=_short_temp()))
     sentinel.owns(temp)
-    _set_environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)})
+    _set_environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}, True)
     import ray
 
     try:
@@ -134,7 +136,7 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
 def _join(address: str) -> None:
     if address != "auto":
         _require_listener(address)
-    _set_environment({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")})
+    _set_environment({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}, False)
     import ray
 
     try:
@@ -164,8 +166,14 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def _set_environment(authentication: dict[str, str]) -> None:
-    """Set what Ray and its processes read; also where Ray was imported, and has read it, before."""
+def _set_environment(authentication: dict[str, str], loopback: bool) -> None:
+    """Set what Ray and its processes read; also where Ray was imported, and has read it, before.
+
+    Args:
+        authentication: the mode, and the token if there is one.
+        loopback: whether everything listens on 127.0.0.1. Ray takes a loopback address of a node
+            for a mistake, and replaces it, unless clusters are switched off altogether.
+    """
     imported = "ray" in sys.modules
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Actors without a GPU must not hide the learner's devices, nor warn that they do not.
@@ -173,7 +181,10 @@ def _set_environment(authentication: dict[str, str]) -> None:
     # Ray's own choice is 15: beside a learner on the same cores actors would hardly ever run.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(authentication)
+    os.environ[_CLUSTERS] = "0" if loopback else "1"
     if imported:
+        constants: Any = importlib.import_module("ray._private.ray_constants")
+        constants.ENABLE_RAY_CLUSTER = not loopback
         raylet: Any = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()

@@ -31,7 +31,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_worker_niceness", "0")
-    ours._set_environment({"RAY_AUTH_MODE": "disabled"})
+    ours._set_environment({"RAY_AUTH_MODE": "disabled"}, loopback=False)
     with Sentinel():
         cluster = Cluster()
         try:
