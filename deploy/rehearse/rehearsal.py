@@ -36,6 +36,7 @@ class Watched:
     said: str = ""
     wanted: bool = True
     restarts: int = 0
+    healthy_after_s: float = 0.0
     watcher: threading.Thread | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -118,7 +119,7 @@ class Rehearsal:
                 f"{name} is not healthy",
                 watched,
             )
-            self.timings[f"{name} healthy"] = time.monotonic() - watched.container.started_at
+            self.timings[f"{name} healthy, from its start"] = watched.healthy_after_s
 
     def await_update(self) -> dict[str, Any]:
         """Wait for the first update of the agent, and return the learner's status."""
@@ -270,6 +271,8 @@ class Rehearsal:
             with watched.lock:
                 watched.said = said
                 if well:
+                    if not watched.healthy_after_s:
+                        watched.healthy_after_s = age
                     watched.health, watched.failures = "healthy", 0
                 elif health is not None and age > health.start_period_s:
                     watched.failures += 1
