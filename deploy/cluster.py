@@ -125,7 +125,8 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
             _temp_dir=str(temp),
             _system_config={"enable_metrics_collection": False},
         )
-    except (RuntimeError, OSError, ValueError, ConnectionError) as error:
+    except Exception as error:
+        # Ray raises plain Exception where its own processes do not start in time.
         raise ClusterError(
             f"a local Ray could not be started: {error}; `dreamfleet doctor` checks what it needs, "
             "and its logs were in the folder named above"
