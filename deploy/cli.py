@@ -71,13 +71,20 @@ def parse_train(args: list[str]) -> TrainConfig:
     first.add_argument("--preset")
     first.add_argument("--size")
     first.add_argument("--run-dir", "--run_dir", type=Path)
+    first.add_argument("--offline")
     with _one_line_errors():
         chosen, _ = first.parse_known_args(args)
     saved = chosen.run_dir / FILE_NAME if chosen.run_dir else None
     if saved and saved.exists() and not (chosen.preset or chosen.size):
         default = load_config(saved)
     else:
-        default = preset(chosen.preset or TrainConfig().preset, chosen.size)
+        named = chosen.preset or chosen.size
+        start = preset(chosen.preset or TrainConfig().preset, chosen.size)
+        default = start
+        if chosen.offline:
+            from deploy.offline import offline_default
+
+            default = offline_default(chosen.offline, start if named else None) or start
     presets = "\n".join(f"  {name}: {known.summary}" for name, known in PRESETS.items())
     return parse(
         TrainConfig,
@@ -134,6 +141,10 @@ def _dispatch(args: list[str]) -> int:
 def _train(args: list[str]) -> int:
     config = parse_train(args)
     _log_from(logging.INFO)
+    if config.offline is not None:
+        from deploy.offline import train_offline
+
+        return train_offline(config)
     from deploy.launch import train
 
     return train(config)

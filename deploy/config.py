@@ -77,6 +77,12 @@ class TrainConfig:
     <host>:<port> of its head."""
     lockstep: bool = False
     """Let actors and learner take turns: the same seed then gives the same run, only slower."""
+    offline: str | None = None
+    """Train on a replay that is only read, without actors: a run directory, the directory of an
+    exported replay, or the address of a server. Takes the environment, and without --preset the
+    agent too, from the source, if that brings a configuration."""
+    updates: int | None = None
+    """Updates at which an offline run ends; None is as many as --steps pay for at --train-ratio."""
     agent: AgentConfig = field(default_factory=V3Config)
     """What learns. The preset chooses the agent."""
     environment: EnvConfig = field(default_factory=EnvConfig)
@@ -109,6 +115,13 @@ class TrainConfig:
                 "put it in a file of mode 0600, and give --replay.password-file FILE and the "
                 "address without it (redis://user@host:port)"
             )
+        if self.updates is not None and (self.offline is None or self.updates < 1):
+            raise ConfigError(
+                f"--updates {self.updates} is the length of an offline run, at least 1: give "
+                "--offline SOURCE too, or the length of a run with actors as --steps"
+            )
+        if self.offline is not None and self.lockstep:
+            raise ConfigError("--lockstep lets actors take turns, and --offline has none: leave it")
         _require_form("device", self.device, _DEVICE, "auto, cpu, cuda or cuda:<number>")
         _require_form("redis", self.redis, _REDIS, "embedded, redis://…, rediss://… or unix://…")
         _require_form("ray", self.ray, _RAY, "local, auto or <host>:<port>")
@@ -122,7 +135,7 @@ class TrainConfig:
                 f"--replay.capacity-steps {self.replay.capacity_steps} holds no window of {window} "
                 "steps (learner.batch_length + agent.context); raise it"
             )
-        if self.steps < self.replay.min_size_steps:
+        if self.offline is None and self.steps < self.replay.min_size_steps:
             raise ConfigError(
                 f"--steps {self.steps} ends the run before training starts at "
                 f"--replay.min-size-steps {self.replay.min_size_steps}; raise the first or lower "
@@ -142,6 +155,8 @@ class TrainConfig:
             parts.append(re.sub(r"[^\w.-]+", "-", self.env).strip("-"))
         if known is None or known.size != self.size:
             parts.append(self.size)
+        if self.offline is not None:
+            parts.append("offline")
         return Path("runs") / "-".join([*parts, str(self.seed)])
 
 
@@ -161,7 +176,7 @@ class Difference:
 
 
 MAY_CHANGE = frozenset(
-    {"preset", "run_dir", "steps", "actors", "device", "redis", "ray"}
+    {"preset", "run_dir", "steps", "updates", "actors", "device", "redis", "ray"}
     | {"replay.durability", "replay.listen", "replay.secrets"}
     | {"replay.password_file", "replay.ca_file"}
     | {"replay.redis_memory_bytes", "replay.placement", "replay.codec", "replay.flush_age_s"}

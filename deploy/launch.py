@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ from replay_service import (
 
 if TYPE_CHECKING:
     from deploy.crew import Crew
+    from dreamer.agent import Agent
     from learner.learner import Learner
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ def train(config: TrainConfig) -> int:
         resume(learner, run)
         stack.callback(fleet.stop, DRAIN_S)
         fleet.start(learner.stop.set)
-        with reporting(config, learner, fleet, run):
+        with reporting(learner, lambda: heeded(config, run, fleet), run, f"{config.env} · {run}"):
             with interrupts.graceful(learner.stop.set):
                 outcome = learner.run()
             fleet.check()
@@ -238,6 +239,25 @@ def make_fleet(
     )
 
 
+def build_agent(config: TrainConfig, facts: EnvFacts, device: str) -> Agent:
+    """Build the agent with fresh parameters on its device, and set torch up for it."""
+    import torch
+
+    from dreamer.agent import make_agent
+    from learner.tuning import tune_for_cpu
+
+    if config.learner.threads:
+        torch.set_num_threads(config.learner.threads)
+    if device == "cpu":
+        tune_for_cpu()
+    torch.manual_seed(config.seed)
+    agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
+    wanted = config.learner.precision
+    bf16 = wanted == "bf16" or (wanted == "auto" and device.startswith("cuda"))
+    agent.amp = torch.bfloat16 if bf16 else None
+    return agent
+
+
 def make_learner(
     config: TrainConfig,
     run: Path,
@@ -253,24 +273,15 @@ def make_learner(
     import torch
 
     from actors.hub import sender
-    from dreamer.agent import make_agent
     from learner.learner import Learner, RunFacts
     from learner.pace import FreePace, LockstepPace
     from learner.publish import Publisher
     from learner.record import Recorder
     from learner.step import UpdateStep
-    from learner.tuning import tune_for_cpu
 
     knobs, digest = config.learner, config_hash(config)
-    if knobs.threads:
-        torch.set_num_threads(knobs.threads)
-    if device == "cpu":
-        tune_for_cpu()
-    torch.manual_seed(config.seed)
-    agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
-    bf16 = knobs.precision == "bf16" or (knobs.precision == "auto" and device.startswith("cuda"))
-    agent.amp = torch.bfloat16 if bf16 else None
-    fence, kind = client.acquire_fence(), torch.bfloat16 if bf16 else torch.float32
+    agent = build_agent(config, facts, device)
+    fence, kind = client.acquire_fence(), agent.amp or torch.float32
     publisher = Publisher(
         agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
     )
@@ -343,11 +354,19 @@ def resume(learner: Learner, run: Path) -> None:
         )
 
 
+def heeded(config: TrainConfig, run: Path, fleet: Crew) -> list[dict[str, Any]]:
+    """Follow `dreamfleet scale`, and return what each actor says about itself."""
+    heed_order(config, run, fleet)
+    return fleet.stats()
+
+
 @contextmanager
-def reporting(config: TrainConfig, learner: Learner, fleet: Crew, run: Path) -> Iterator[None]:
+def reporting(
+    learner: Learner, actors: Callable[[], list[dict[str, Any]]], run: Path, title: str
+) -> Iterator[None]:
     """Keep ``status.json`` and the view on the terminal up to date while the block runs.
 
-    The same thread heeds `dreamfleet scale`.
+    ``actors`` is called about once a second and returns what each actor says about itself.
     """
     from learner.status import write_status
 
@@ -355,8 +374,7 @@ def reporting(config: TrainConfig, learner: Learner, fleet: Crew, run: Path) -> 
 
     def report() -> None:
         while True:
-            heed_order(config, run, fleet)
-            learner.recorder.note_actors(fleet.stats())
+            learner.recorder.note_actors(actors())
             write_status(run / STATUS_FILE, learner.snapshot())
             if done.wait(STATUS_EVERY_S):
                 return
@@ -364,7 +382,7 @@ def reporting(config: TrainConfig, learner: Learner, fleet: Crew, run: Path) -> 
     thread = threading.Thread(target=report, name="status", daemon=True)
     thread.start()
     try:
-        with follow(lambda: asdict(learner.snapshot()), f"{config.env} · {run}"):
+        with follow(lambda: asdict(learner.snapshot()), title):
             yield
     except BaseException:
         learner.outcome = "failed"

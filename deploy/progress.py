@@ -90,6 +90,12 @@ def view(snapshot: Snapshot, title: str = "") -> RenderableType:
 def line(snapshot: Snapshot) -> str:
     """Return a snapshot as one line of words and numbers."""
     steps, target = snapshot.get("env_steps"), snapshot.get("target_steps")
+    if offline(snapshot):
+        of = f"{count(snapshot.get('updates'))}/{count(snapshot['target_updates'])}"
+        return (
+            f"updates {of} ({rate(snapshot.get('updates_per_s'))}) | steps {count(steps)} in the "
+            f"replay | {_losses(snapshot)} | left {duration(snapshot.get('eta_s'))}"
+        )
     words = [
         f"steps {count(steps)}/{count(target)} ({rate(snapshot.get('env_steps_per_s'))})",
         f"updates {count(snapshot.get('updates'))} ({rate(snapshot.get('updates_per_s'))})",
@@ -112,17 +118,20 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
     grid = _grid()
     grid.add_row("ended", Text(str(snapshot.get("phase") or "-"), _GOOD))
     grid.add_row("environment", env or "-")
-    grid.add_row("steps", f"{count(steps)} of {count(snapshot.get('target_steps'))}")
-    grid.add_row("updates", count(snapshot.get("updates")))
-    score = number(snapshot.get("return_mean20"))
-    grid.add_row(
-        "return",
-        Text(score, _GOOD).append(
-            f" mean of the last 20 of {count(snapshot.get('episodes'))} episodes"
-            + _evaluated(snapshot),
-            "",
-        ),
-    )
+    if offline(snapshot):
+        _add_offline(grid, snapshot)
+    else:
+        grid.add_row("steps", f"{count(steps)} of {count(snapshot.get('target_steps'))}")
+        grid.add_row("updates", count(snapshot.get("updates")))
+        score = number(snapshot.get("return_mean20"))
+        grid.add_row(
+            "return",
+            Text(score, _GOOD).append(
+                f" mean of the last 20 of {count(snapshot.get('episodes'))} episodes"
+                + _evaluated(snapshot),
+                "",
+            ),
+        )
     grid.add_row("bound by", _bound(snapshot))
     grid.add_row("curve", _existing(directory / "curve.png"))
     grid.add_row("checkpoint", _existing(newest_checkpoint(directory)))
@@ -137,15 +146,28 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
     )
 
 
+def offline(snapshot: Snapshot) -> bool:
+    """Return whether a snapshot is that of a learner that only reads a replay."""
+    return snapshot.get("target_updates") is not None
+
+
+def _add_offline(grid: Table, snapshot: Snapshot) -> None:
+    done, target = snapshot.get("updates"), snapshot["target_updates"]
+    grid.add_row("updates", f"{count(done)} of {count(target)}")
+    grid.add_row("replay", f"{count(snapshot.get('env_steps'))} steps, of others")
+    grid.add_row("losses", _losses(snapshot))
+
+
 def try_next(directory: Path, snapshot: Snapshot) -> list[str]:
     """Return commands that make sense after this run, as they can be typed here."""
     program, run = command_name(), shlex.quote(str(directory))
-    target = int(snapshot.get("target_steps") or 0)
+    length = "updates" if offline(snapshot) else "steps"
+    target = int(snapshot.get(f"target_{length}") or 0)
     more = 2 * target if snapshot.get("phase") == "finished" else target
     board = shlex.quote(str(Path(program).with_name("tensorboard")))
     return [
         f"{program} eval {run} --episodes 20 --video",
-        f"{program} train --run-dir {run}" + (f" --steps {more}" if more > target else ""),
+        f"{program} train --run-dir {run}" + (f" --{length} {more}" if more > target else ""),
         f"{program} status {run}",
         f"{board} --logdir {run}",
     ]
@@ -223,6 +245,12 @@ def _steps(snapshot: Snapshot) -> RenderableType:
 
 def _facts(snapshot: Snapshot) -> RenderableType:
     grid = _grid()
+    if offline(snapshot):
+        rate_now, left = rate(snapshot.get("updates_per_s")), duration(snapshot.get("eta_s"))
+        _add_offline(grid, snapshot)
+        grid.add_row("speed", f"{rate_now} · {left} left")
+        grid.add_row("time goes to", _shares(snapshot))
+        return grid
     grid.add_row("env steps", _steps(snapshot))
     grid.add_row(
         "updates", f"{count(snapshot.get('updates'))} · {rate(snapshot.get('updates_per_s'))}"

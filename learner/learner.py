@@ -19,6 +19,7 @@ from dreamer.agent import Agent
 from learner import checkpoint
 from learner.batch import make_batch
 from learner.config import LearnerConfig
+from learner.offline import NoPublisher
 from learner.pace import Pace
 from learner.publish import Publisher
 from learner.record import Recorder
@@ -59,6 +60,8 @@ class RunFacts:
     """Environment steps at which training ends."""
     config_hash: str
     """Hash of the resolved configuration."""
+    target_updates: int | None = None
+    """Updates at which training ends, of a learner that only reads a replay."""
     lockstep: bool = False
     """Whether actor and learner take turns, and checkpoints allow a bitwise continuation."""
 
@@ -84,7 +87,7 @@ class Learner:
         client: Any,
         limiter: Any,
         pace: Pace,
-        publisher: Publisher,
+        publisher: Publisher | NoPublisher,
         recorder: Recorder,
         fence: int,
     ) -> None:
@@ -185,6 +188,7 @@ class Learner:
         return self.recorder.snapshot(
             env_steps=self.env_steps,
             target_steps=self.facts.target_steps,
+            target_updates=self.facts.target_updates,
             updates=self.updates,
             ratio_actual=self.ratio,
             ratio_target=float(self.limiter.train_ratio),

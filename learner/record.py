@@ -32,11 +32,18 @@ class Recorder:
     """Write scores and metrics into a run directory, and remember what a snapshot needs.
 
     A resumed run appends. Episodes that the scores file already has are not written again, even
-    though the mirror meets them again while it is rebuilt from the log.
+    though the mirror meets them again while it is rebuilt from the log. Offline, episodes are those
+    of somebody else and are not written, and curves are drawn over updates.
     """
 
     def __init__(
-        self, directory: Path, *, action_repeat: int = 1, config_hash: str = "", port: int = -1
+        self,
+        directory: Path,
+        *,
+        action_repeat: int = 1,
+        config_hash: str = "",
+        port: int = -1,
+        offline: bool = False,
     ) -> None:
         self.clock = PhaseClock()
         self.exporter = Exporter(config_hash)
@@ -46,7 +53,7 @@ class Recorder:
         self.actor_times = ActorTimes()
         self.started_at = time.time()
         self.board = Board(directory)
-        self._repeat = action_repeat
+        self._repeat, self._offline = action_repeat, offline
         rows = read_rows(directory / "scores.jsonl")
         scores = [row for row in rows if row["split"] == "train"]
         self.episodes = len(scores)
@@ -115,6 +122,8 @@ class Recorder:
 
     def score(self, events: Iterable[Any]) -> None:
         """Write a row for each new episode that the actors finished."""
+        if self._offline:
+            return
         fresh = [event for event in events if event.env_steps > self._scored]
         for event in fresh:
             self._write_score(
@@ -171,7 +180,7 @@ class Recorder:
         self._metrics.write(row | {"bound_by": found.name})
         numbers = {k: float(v) for k, v in (general | dict(values)).items() if v is not None}
         shown = {f"share/{phase}": share for phase, share in part.items()}
-        self.board.scalars(numbers | shown, env_steps)
+        self.board.scalars(numbers | shown, updates if self._offline else env_steps)
         self.exporter.train(values)
         self.exporter.phases(self.clock.totals())
         self.exporter.bound(found.shares, found.actors_wanted)
@@ -188,6 +197,7 @@ class Recorder:
         weights_age_s: float | None,
         waiting_for: str,
         inserts_wait: str = "",
+        target_updates: int | None = None,
         phase: str | None = None,
     ) -> Snapshot:
         """Return what the run is doing now. Safe to call from another thread.
@@ -196,7 +206,9 @@ class Recorder:
         """
         rates, part = self._recent(env_steps, updates)
         found = self.whole() if phase else judge(part, self.actor_times.recent())
-        left = max(0, target_steps - env_steps)
+        left, rate = max(0, target_steps - env_steps), rates[0]
+        if target_updates is not None:
+            left, rate = max(0, target_updates - updates), rates[1]
         return Snapshot(
             env_steps=env_steps,
             target_steps=target_steps,
@@ -212,9 +224,10 @@ class Recorder:
             policy_version=version,
             weights_age_s=weights_age_s,
             bound_by=found.name,
-            advice=found.advice,
+            advice="" if self._offline else found.advice,
+            target_updates=target_updates,
             shares=part,
-            eta_s=left / rates[0] if rates[0] > 0 else None,
+            eta_s=left / rate if rate > 0 else None,
             phase=phase or self.clock.phase,
             waiting_for=waiting_for,
             inserts_wait=inserts_wait,

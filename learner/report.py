@@ -46,6 +46,30 @@ def write_curve(scores: Path, picture: Path, title: str = "") -> bool:
     return True
 
 
+def write_losses(metrics: Path, picture: Path, title: str = "") -> bool:
+    """Draw every loss against updates from a metrics file, on a scale that takes any sign and size.
+
+    Returns False, and draws nothing, if there is no row.
+    """
+    rows = read_rows(metrics)
+    names = sorted({name for row in rows for name in row if name.startswith("loss/")})
+    if not names:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in names:
+        points = [(row["updates"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), marker=".", label=name.removeprefix("loss/"))
+    axes.set(xlabel="updates", ylabel="loss", yscale="symlog", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    FigureCanvasAgg(figure).print_png(str(picture))
+    return True
+
+
 def _draw(axes: Any, rows: list[dict[str, Any]], split: str, colour: str) -> None:
     if not rows:
         return

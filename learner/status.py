@@ -58,6 +58,8 @@ class Snapshot:
     """What each actor says about itself."""
     eval_mean20: float | None = None
     """Mean return of the last 20 evaluation episodes; None before the first."""
+    target_updates: int | None = None
+    """Updates at which a run ends that only reads a replay; None for all others."""
     advice: str = ""
     """What to do about what bounds the run; empty where there is nothing."""
     metrics_port: int | None = None

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from replay_service.limiter import CreditLimiter, plan_limits
     from replay_service.memory import MemoryPlan, estimate_memory
     from replay_service.mirror import EpisodeEvent, Mirror
+    from replay_service.offline import ArchiveLog, ServerLog
     from replay_service.reflection import check_mirror
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
@@ -63,6 +64,7 @@ _HOMES = {
     "limiter": ("CreditLimiter", "plan_limits"),
     "memory": ("MemoryPlan", "estimate_memory"),
     "mirror": ("EpisodeEvent", "Mirror"),
+    "offline": ("ArchiveLog", "ServerLog"),
     "reflection": ("check_mirror",),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
@@ -74,6 +76,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 
 __all__ = [
     "Archive",
+    "ArchiveLog",
     "ByteBudget",
     "CheckReport",
     "ChunkError",
@@ -105,6 +108,7 @@ __all__ = [
     "ReplayUnavailable",
     "SamplingConfig",
     "Schema",
+    "ServerLog",
     "UploadStats",
     "Uploader",
     "Violation",

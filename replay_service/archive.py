@@ -137,33 +137,34 @@ class Archive:
 
     def entries(self) -> Iterator[tuple[LogEntry, Chunk]]:
         """Yield every chunk in the order of the log."""
+        return map(self.entry, range(self.chunks))
+
+    def entry(self, at: int) -> tuple[LogEntry, Chunk]:
+        """Return chunk number `at`, from 0, of the log; its columns are not read yet."""
         table = self.chunk_table
-        for at in range(self.chunks):
-            values = {name: int(table[name][at]) for name in CHUNK_FIELDS if table[name].ndim == 1}
-            stream, incarnation = self.streams[values["stream"]]
-            rows = slice(values["row"], values["row"] + values["steps"])
-            chunk = Chunk(
-                stream=stream,
-                incarnation=incarnation,
-                seq=values["seq"],
-                first_step=values["first_step"],
-                columns={name: np.asarray(array[rows]) for name, array in self.columns.items()},
-                version_min=_pair(table["version_min"][at]),
-                version_max=_pair(table["version_max"][at]),
-                episodes=self._episodes(at),
-            )
-            yield (
-                LogEntry(
-                    entry_id=f"0-{values['number']}",
-                    key="",
-                    steps=chunk.steps,
-                    size_bytes=sum(v.nbytes for v in chunk.columns.values()),
-                    sid=chunk.sid,
-                    seq=chunk.seq,
-                    position=values["position"],
-                ),
-                chunk,
-            )
+        values = {name: int(table[name][at]) for name in CHUNK_FIELDS if table[name].ndim == 1}
+        stream, incarnation = self.streams[values["stream"]]
+        rows = slice(values["row"], values["row"] + values["steps"])
+        chunk = Chunk(
+            stream=stream,
+            incarnation=incarnation,
+            seq=values["seq"],
+            first_step=values["first_step"],
+            columns={name: np.asarray(array[rows]) for name, array in self.columns.items()},
+            version_min=_pair(table["version_min"][at]),
+            version_max=_pair(table["version_max"][at]),
+            episodes=self._episodes(at),
+        )
+        entry = LogEntry(
+            entry_id=f"0-{values['number']}",
+            key="",
+            steps=chunk.steps,
+            size_bytes=sum(v.nbytes for v in chunk.columns.values()),
+            sid=chunk.sid,
+            seq=chunk.seq,
+            position=values["position"],
+        )
+        return entry, chunk
 
     @cached_property
     def _episode_bounds(self) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from replay_service.chunk import Chunk, EpisodeEnd
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import LogEntry
 from replay_service.config import SamplingConfig
 from replay_service.errors import ReplayEmpty
 from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
 from replay_service.sampler import Sampler
 from replay_service.schema import Schema
-from replay_service.tail import Arrival, LogTail
+from replay_service.tail import Arrival, LogSource, LogTail
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ class Mirror:
 
     Args:
         client, schema: the replay to follow.
+        keep: names of the columns that are kept; None keeps all.
         capacity_steps: records kept; whole oldest pages are given up above it.
         window_steps: records per window, including context records.
         page_steps: rows per page.
@@ -74,7 +75,7 @@ class Mirror:
 
     def __init__(
         self,
-        client: ReplayClient,
+        client: LogSource,
         schema: Schema,
         *,
         capacity_steps: int,
@@ -85,18 +86,20 @@ class Mirror:
         directory: Path | None = None,
         online: bool = True,
         sampling: SamplingConfig | None = None,
+        keep: Collection[str] | None = None,
         queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         from replay_service.storage import DeviceStorage
 
         pages = page_count(capacity_steps, page_steps)
         self.schema = schema
+        kept = Schema(tuple(c for c in schema.columns if keep is None or c.name in keep))
         self.page_steps = page_steps
         self.window_steps = window_steps
         self.inserted_steps = 0
         self.missed_steps = 0
         self._storage = DeviceStorage(
-            schema,
+            kept,
             rows=pages * page_steps,
             pages=pages,
             placement=placement,
@@ -327,7 +330,8 @@ class Mirror:
         done = 0
         for row, count in pieces:
             part = slice(done, done + count)
-            self._storage.write(row, {name: v[part] for name, v in chunk.columns.items()})
+            values = {name: chunk.columns[name][part] for name in self.columns}
+            self._storage.write(row, values)
             done += count
         if pieces:
             flags = (chunk.columns[name] for name in ("is_first", "is_last"))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from replay_service.chunk import MAX_CHUNK_STEPS, Chunk, decode_chunk
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import LogEntry
 from replay_service.errors import ChunkError, ReplayError, ReplayUnavailable
 from replay_service.schema import Schema
 
@@ -19,6 +20,27 @@ _ENTRIES_PER_READ = 256
 _FETCH_BYTES = 8 * 1024**2
 _BLOCK_S = 0.5
 _RETRY_S = 0.2
+_IDLE_S = 0.01
+
+
+class LogSource(Protocol):
+    """Where a log is read: a `ReplayClient`, or something that only reads (see `offline`)."""
+
+    @property
+    def timeout_s(self) -> float:
+        """Longest time of one call in seconds."""
+
+    def last_log_id(self) -> str | None:
+        """Return the id of the newest entry, or None for an empty log."""
+
+    def read_log(self, after: str, count: int, block_s: float) -> list[LogEntry]:
+        """Return up to `count` entries after an id; may wait for the first at most `block_s`."""
+
+    def fetch(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the chunks of some entries, None for one that is gone."""
+
+    def quarantine(self, entry: LogEntry, blob: bytes, reason: str) -> None:
+        """Put a damaged chunk aside."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,7 @@ class LogTail:
            cannot mend is raised by `take`.
     """
 
-    def __init__(self, client: ReplayClient, schema: Schema, *, queue_bytes: int) -> None:
+    def __init__(self, client: LogSource, schema: Schema, *, queue_bytes: int) -> None:
         self._client = client
         self._schema = schema
         self._limit = queue_bytes
@@ -120,6 +142,8 @@ class LogTail:
 
     def _read_once(self) -> None:
         entries = self._client.read_log(self._cursor, _ENTRIES_PER_READ, _BLOCK_S)
+        if not entries:
+            self._stopping.wait(_IDLE_S)  # a source that ends does not wait
         for batch in _batches(entries):
             blobs = self._client.fetch([entry.key for entry in batch])
             for entry, blob in zip(batch, blobs, strict=True):

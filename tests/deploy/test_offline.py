@@ -1,0 +1,223 @@
+"""Training from replays that are only read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.cli import main, parse_train
+from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config, with_values
+from deploy.launch import record_schema, replay_server
+from deploy.offline import require_columns, target_updates
+from deploy.presets import preset
+from deploy.probe import EnvFacts
+from dreamer.spaces import DiscreteAction, VectorSpec
+from learner.checkpoint import load_newest
+from learner.files import read_rows
+from replay_service import (
+    Archive,
+    ArchiveLog,
+    Chunk,
+    Limits,
+    Mirror,
+    ReplayClient,
+    Schema,
+    ServerLog,
+    check_mirror,
+    encode_chunk,
+    export_archive,
+)
+from tests.replay_service.records import absorb_until
+
+pytestmark = pytest.mark.integration
+
+FACTS = EnvFacts(
+    obs_space={"vector": VectorSpec(shape=(4,))},
+    action_space={"action": DiscreteAction(classes=2)},
+    action_repeat=1,
+)
+STEPS, CHUNK = 96, 16
+
+
+def cartpole() -> TrainConfig:
+    return with_values(
+        preset("v3-cartpole", "debug"),
+        {"replay.redis_memory_bytes": 2**26, "learner.batch_size": 2, "learner.batch_length": 8},
+    )
+
+
+def fill(client: ReplayClient, schema: Schema, stream: str = "actor-0") -> None:
+    """Insert episodes of twelve steps, as CartPole would look."""
+    rng = np.random.default_rng(0)
+    client.create(schema, Limits(capacity_steps=1000, capacity_bytes=2**24))
+    for seq in range(1, STEPS // CHUNK + 1):
+        steps = np.arange((seq - 1) * CHUNK, seq * CHUNK)
+        columns: dict[str, Any] = {
+            c.name: np.zeros((CHUNK, *c.shape), c.dtype) for c in schema.columns
+        }
+        columns["vector"] = rng.normal(size=(CHUNK, 4)).astype(np.float32)
+        columns["reward"] = (steps % 12 > 0).astype(np.float32)
+        columns["is_first"], columns["is_last"] = steps % 12 == 0, steps % 12 == 11
+        chunk = Chunk(stream, 1, seq, int(steps[0]), columns)
+        blob = encode_chunk(chunk, schema)
+        assert client.insert(schema, chunk.sid, seq, CHUNK, blob).code == "OK"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[tuple[Path, ReplayClient, str]]:
+    """A run whose server is up, and holds 96 steps of DreamerV3's records."""
+    config, run = cartpole(), tmp_path / "source"
+    save_config(config, run / FILE_NAME)
+    with replay_server(config, run) as url:
+        client = ReplayClient(url)
+        fill(client, record_schema(config, FACTS))
+        yield run, client, url
+        client.close()
+
+
+def test_a_mirror_of_an_archive_is_that_of_its_server(
+    source: tuple[Path, ReplayClient, str], tmp_path: Path
+) -> None:
+    _, client, _ = source
+    export_archive(client, tmp_path / "dump")
+    mirrors = [
+        Mirror(log, client.schema(), capacity_steps=200, window_steps=9, placement="ram")
+        for log in (ArchiveLog(Archive(tmp_path / "dump")), ServerLog(client))
+    ]
+    for mirror in mirrors:
+        mirror.start()
+        absorb_until(mirror, lambda mirror=mirror: mirror.caught_up)
+        mirror.stop()
+        assert check_mirror(mirror, client).ok
+    first, second = mirrors
+    assert first.size_steps == second.size_steps == STEPS and first.valid_starts == STEPS - 8
+    for name, column in first.columns.items():
+        rows = np.concatenate([rows for *_, rows in first.held()])
+        assert (column[rows] == second.columns[name][rows]).all(), name
+
+
+def test_reading_leaves_the_server_as_it_is(source: tuple[Path, ReplayClient, str]) -> None:
+    _, client, _ = source
+    fence = client.acquire_fence()
+    before = client.stats()
+    mirror = Mirror(
+        ServerLog(client),
+        client.schema(),
+        keep=("vector", "reward", "is_first", "is_last", "is_terminal"),
+        capacity_steps=200,
+        window_steps=9,
+        placement="ram",
+    )
+    mirror.start()
+    absorb_until(mirror, lambda: mirror.caught_up)
+    mirror.stop()
+    assert sorted(mirror.columns) == ["is_first", "is_last", "is_terminal", "reward", "vector"]
+    assert client.stats() == before
+    client.settle(fence, 10, 1000)  # the learner that paces the replay is not fenced out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_agents_train_from_one_live_replay_which_stays_as_it_is(
+    source: tuple[Path, ReplayClient, str], tmp_path: Path
+) -> None:
+    run, client, _ = source
+    fence, before = client.acquire_fence(), client.stats()
+    flags = ["--updates", "6", "--learner.log-every-s", "0.1"]
+    flags += ["--learner.batch-size", "2", "--learner.batch-length", "8"]
+    first, second = tmp_path / "v3", tmp_path / "v2"
+    assert main(["train", "--offline", str(run), *flags, "--run-dir", str(first)]) == 0
+    other = ["--preset", "v2-dmc-proprio", "--size", "debug"]
+    assert main(["train", "--offline", str(run), *other, *flags, "--run-dir", str(second)]) == 0
+    for directory, agent in ((first, "v3"), (second, "v2")):
+        config = load_config(directory / FILE_NAME)
+        assert (config.agent.name, config.env) == (agent, "CartPole-v1")
+        saved = load_newest(directory / "checkpoints")
+        assert saved is not None and saved.manifest["update"] == 6
+        assert read_rows(directory / "metrics.jsonl")[-1]["updates"] == 6
+        assert not read_rows(directory / "scores.jsonl")
+        assert (directory / "curve.png").stat().st_size > 0
+    assert client.stats() == before
+    client.settle(fence, 10, 1000)  # the learner that paces the replay is not fenced out
+    assert main(["train", "--run-dir", str(first), "--updates", "8"]) == 0
+    saved = load_newest(first / "checkpoints")
+    assert saved is not None and saved.manifest["update"] == 8
+
+
+def test_what_an_agent_lacks_in_a_replay_is_named_with_the_way_out() -> None:
+    config = with_values(cartpole(), {"offline": "dump"})
+    wanted = record_schema(config, FACTS)
+    bare = Schema(tuple(c for c in wanted.columns if c.name not in ("deter", "stoch")))
+    with pytest.raises(ConfigError, match=r"deter: float16.*missing.*--agent.context 0") as error:
+        require_columns(config, wanted, bare)
+    assert "--env" not in str(error.value)
+    other = Schema(tuple(c for c in wanted.columns if c.name != "vector"))
+    with pytest.raises(ConfigError, match=r"v3 on CartPole-v1: it lacks vector.*--environment"):
+        require_columns(config, wanted, other)
+    require_columns(config, bare, wanted)
+
+
+@pytest.mark.parametrize(
+    ("steps", "length", "hint"),
+    [(0, 8, "is empty"), (STEPS, 200, "96 steps and no stretch of 201.*--learner.batch-length")],
+)
+def test_replays_without_a_window_are_refused(
+    source: tuple[Path, ReplayClient, str], tmp_path: Path, steps: int, length: int, hint: str
+) -> None:
+    from deploy.offline import require_windows
+
+    _, client, _ = source
+    config = with_values(cartpole(), {"offline": "dump", "learner.batch_length": length})
+    mirror = Mirror(ServerLog(client), client.schema(), capacity_steps=500, window_steps=length + 1)
+    if steps:
+        mirror.start()
+        absorb_until(mirror, lambda: mirror.caught_up)
+        mirror.stop()
+    with pytest.raises(ConfigError, match=hint):
+        require_windows(config, mirror)
+
+
+def test_the_source_brings_environment_and_agent_unless_a_preset_is_named(tmp_path: Path) -> None:
+    source = with_values(
+        preset("v3-dmc-proprio", "debug"),
+        {"env": "dmc:cheetah-run", "environment.action_repeat": 4, "run_dir": tmp_path / "x"},
+    )
+    save_config(source, tmp_path / "x" / FILE_NAME)
+    same = parse_train(["--offline", str(tmp_path / "x"), "--updates", "5"])
+    assert (same.agent, same.env, same.run_dir) == (source.agent, source.env, None)
+    assert same.directory == Path("runs/v3-dmc-proprio-dmc-cheetah-run-debug-offline-0")
+    other = parse_train(["--offline", str(tmp_path / "x"), "--preset", "v2-dmc-proprio"])
+    assert (other.agent.name, other.env) == ("v2", "dmc:cheetah-run")
+    assert other.environment.action_repeat == 4
+    assert target_updates(same) == 5
+    assert target_updates(other) == other.steps * 160 // (16 * 50)
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"updates": 5}, "give --offline SOURCE"),
+        ({"updates": 0, "offline": "dump"}, "at least 1"),
+        ({"offline": "dump", "lockstep": True}, "--lockstep"),
+    ],
+)
+def test_flags_that_make_no_sense_together_are_refused(values: dict[str, Any], hint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        with_values(preset("v3-cartpole"), values)
+
+
+def test_a_run_is_not_its_own_source_nor_one_without_a_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    save_config(with_values(cartpole(), {"offline": "elsewhere"}), run / FILE_NAME)
+    assert (
+        main(["train", "--offline", str(run), "--preset", "v3-cartpole", "--run-dir", str(run)])
+        == 2
+    )
+    assert "is the run directory itself" in " ".join(capsys.readouterr().err.split())
