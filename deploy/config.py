@@ -182,6 +182,7 @@ MAY_CHANGE = frozenset(
     | {"replay.redis_memory_bytes", "replay.placement", "replay.codec", "replay.flush_age_s"}
     | {"learner.mode", "learner.precision", "learner.threads", "learner.keep_checkpoints"}
     | {"learner.publish_every_s", "learner.publish_every_updates", "learner.metrics_port"}
+    | {"learner.metrics_listen", "learner.metrics_token_file", "learner.metrics_host"}
     | {"learner.checkpoint_every_s", "learner.checkpoint_every_steps"}
     | {"learner.log_every_s", "learner.video_every_s"}
 )

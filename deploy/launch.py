@@ -117,6 +117,7 @@ def train(config: TrainConfig) -> int:
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
+        stack.enter_context(listed(config, client, learner))
         resume(learner, run)
         stack.callback(fleet.stop, DRAIN_S)
         fleet.start(learner.stop.set)
@@ -286,7 +287,12 @@ def make_learner(
         agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
     )
     recorder = Recorder(
-        run, action_repeat=facts.action_repeat, config_hash=digest, port=knobs.metrics_port
+        run,
+        action_repeat=facts.action_repeat,
+        config_hash=digest,
+        port=knobs.metrics_port,
+        host=knobs.metrics_listen,
+        token_file=knobs.metrics_token_file,
     )
     fleet.bind(publisher, fence, recorder.clock)
     turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
@@ -322,6 +328,21 @@ def export_fleet(learner: Learner, fleet: Crew) -> None:
     from actors.metrics import FleetMetrics
 
     learner.recorder.exporter.registry.register(FleetMetrics(fleet.summary))
+
+
+@contextmanager
+def listed(config: TrainConfig, client: ReplayClient, learner: Learner) -> Iterator[None]:
+    """Have the learner's metrics in the list that the replay service gives to Prometheus."""
+    from replay_service.discovery import Registration, Target, reached_at
+
+    port, knobs = learner.recorder.port, config.learner
+    if port is None:
+        yield
+        return
+    address = reached_at(knobs.metrics_host or knobs.metrics_listen, port, client.url)
+    labels = {"role": "learner", "run": learner.facts.directory.name}
+    with Registration(client, Target(address=address, labels=labels)):
+        yield
 
 
 def resume(learner: Learner, run: Path) -> None:

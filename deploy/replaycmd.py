@@ -107,6 +107,30 @@ class ReplayImportOptions(Access):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplayServeOptions(Access):
+    """Prepare a server for learners and actors, and serve /metrics, /healthz and /sd."""
+
+    url: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="URL")]
+    """Address of the server. With --secrets this is admin to load functions, and exporter then."""
+    listen: str = "127.0.0.1:9100"
+    """address:port to listen at; beyond loopback it needs a token."""
+    token_file: Path | None = None
+    """File whose first line readers must send as a bearer token, readable by its owner alone;
+    /healthz answers without."""
+    host: str | None = None
+    """Name or address at which Prometheus reaches this machine, if it is not the one listened
+    at."""
+
+    def __post_init__(self) -> None:
+        if "://" not in self.url:
+            raise ConfigError(
+                f"replay serve takes the address of a server, such as redis://host:6379, got "
+                f"{self.url!r}"
+            )
+        address_of(self.listen)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Action:
     """One word after `dreamfleet replay`."""
 
@@ -116,6 +140,14 @@ class Action:
     """What it takes."""
     run: Callable[[Any], int]
     """Does it, and returns the exit code."""
+
+
+def address_of(listen: str) -> tuple[str, int]:
+    """Return host and port of ``address:port``. Raises ConfigError if it is not that."""
+    host, _, digits = listen.rpartition(":")
+    if not host or not digits.isdecimal() or int(digits) >= 2**16:
+        raise ConfigError(f"--listen is {listen!r}, expected address:port, such as 127.0.0.1:9100")
+    return host.strip("[]"), int(digits)
 
 
 def check(options: ReplayCheckOptions) -> int:
@@ -183,6 +215,13 @@ def import_(options: ReplayImportOptions) -> int:
     return 0
 
 
+def serve(options: ReplayServeOptions) -> int:
+    """Serve until a signal comes. Raises ReplayError, OSError if it cannot begin."""
+    from deploy.servecmd import serve_replay
+
+    return serve_replay(options)
+
+
 ACTIONS: dict[str, Action] = {
     "check": Action(summary="check what a replay promises", options=ReplayCheckOptions, run=check),
     "export": Action(
@@ -192,6 +231,11 @@ ACTIONS: dict[str, Action] = {
     ),
     "import": Action(
         summary="put such files into a replay", options=ReplayImportOptions, run=import_
+    ),
+    "serve": Action(
+        summary="prepare a server, and serve its metrics, health and targets",
+        options=ReplayServeOptions,
+        run=serve,
     ),
 }
 

@@ -37,7 +37,14 @@ class LearnerConfig:
     video_every_s: float = 600.0
     """Seconds between open-loop video predictions of image observations; 0 writes none."""
     metrics_port: int = 0
-    """Loopback port of the Prometheus endpoint; 0 takes a free one, -1 opens none."""
+    """Port of the Prometheus endpoint; 0 takes a free one, -1 opens none."""
+    metrics_listen: str = "127.0.0.1"
+    """Address at which it listens; beyond loopback it needs a token."""
+    metrics_token_file: Path | None = None
+    """File whose first line readers of the endpoint must send as a bearer token, readable by its
+    owner alone."""
+    metrics_host: str | None = None
+    """Name or address at which Prometheus reaches this machine, if it is not the one listened at."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from learner.bound import PHASES
+from replay_service import MetricsEndpoint
 
 
 class Board:
@@ -40,13 +40,12 @@ class Board:
 
 
 class Exporter:
-    """Prometheus metrics of the learner, on the loopback interface only."""
+    """Prometheus metrics of the learner, on the loopback interface unless told otherwise."""
 
     def __init__(self, config_hash: str = "") -> None:
         self.registry = CollectorRegistry()
         self._seen: dict[str, float] = {}
-        self._server: Any = None
-        self._thread: threading.Thread | None = None
+        self._endpoint: MetricsEndpoint | None = None
         info = Info("dreamer_build", "What runs here.", registry=self.registry)
         info.info({"config_hash": config_hash})
         self._gauges = {name: self._gauge(name, text) for name, text in _GAUGES.items()}
@@ -60,12 +59,15 @@ class Exporter:
         self._loss = self._gauge("loss", "Mean loss of the last update logged.", ["name"])
         self._metric = self._gauge("train_metric", "Other training metrics, by name.", ["name"])
 
-    def serve(self, port: int) -> int:
-        """Listen on 127.0.0.1 and return the port. Raises OSError if the port is taken."""
-        self._server, self._thread = start_http_server(
-            port, addr="127.0.0.1", registry=self.registry
-        )
-        return int(self._server.server_port)
+    def serve(self, port: int, host: str = "127.0.0.1", token_file: Path | None = None) -> int:
+        """Listen and return the port.
+
+        Raises:
+            ReplayConfigError: it would listen beyond loopback without a token.
+            OSError: the port is taken, or the address is not of this machine.
+        """
+        self._endpoint = MetricsEndpoint(self.registry, host=host, port=port, token_file=token_file)
+        return self._endpoint.port
 
     def update(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> None:
         """Set gauges, and move counters up to their new totals; unknown names are an error."""
@@ -95,11 +97,8 @@ class Exporter:
 
     def close(self) -> None:
         """Stop listening."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-        if self._thread is not None:
-            self._thread.join(timeout=5.0)
+        if self._endpoint is not None:
+            self._endpoint.close()
 
     def _advance(self, key: str, total: float, counter: Any) -> None:
         step = total - self._seen.get(key, 0.0)

@@ -44,10 +44,12 @@ class Recorder:
         config_hash: str = "",
         port: int = -1,
         offline: bool = False,
+        host: str = "127.0.0.1",
+        token_file: Path | None = None,
     ) -> None:
         self.clock = PhaseClock()
         self.exporter = Exporter(config_hash)
-        self.port = self.exporter.serve(port) if port >= 0 else None
+        self.port = self.exporter.serve(port, host, token_file) if port >= 0 else None
         self.losses: dict[str, float] = {}
         self.actors: list[dict[str, Any]] = []
         self.actor_times = ActorTimes()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
     from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
+    from replay_service.endpoint import MetricsEndpoint
     from replay_service.errors import (
         ChunkError,
         ReplayAuthError,
@@ -47,6 +48,7 @@ _HOMES = {
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
     "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
+    "endpoint": ("MetricsEndpoint",),
     "errors": (
         "ChunkError",
         "ReplayAuthError",
@@ -92,6 +94,7 @@ __all__ = [
     "Limits",
     "LogEntry",
     "MemoryPlan",
+    "MetricsEndpoint",
     "Mirror",
     "ReplayAuthError",
     "ReplayClient",

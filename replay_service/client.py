@@ -82,6 +82,14 @@ class ReplayStats:
     capacity_steps: int
     capacity_bytes: int
     min_size_steps: int
+    inserted_bytes: int
+    """Of committed chunks, as they are stored."""
+    duplicates: int
+    """Inserts of chunks that were there already."""
+    gaps: int
+    """Inserts refused because an earlier chunk of the stream was missing."""
+    waits: int
+    """Inserts put off because the train ratio admitted no more."""
 
     @property
     def insert_credit_steps(self) -> int | None:
@@ -106,6 +114,13 @@ _STATS_FIELDS = {
     "capacity_bytes": "cap_bytes",
     "min_size_steps": "min_size",
 }
+_LATER_FIELDS = {
+    "inserted_bytes": "inserted_bytes",
+    "duplicates": "dups",
+    "gaps": "gaps",
+    "waits": "waits",
+}
+"""Counters that appear with what they count."""
 
 
 class ReplayClient:
@@ -133,7 +148,7 @@ class ReplayClient:
         self._prefix = tag
         self._meta, self._log = f"{tag}:meta", f"{tag}:log"
         self._seq, self._dead = f"{tag}:seq", f"{tag}:dead"
-        self._wake = f"{tag}:wake"
+        self._wake, self._sd = f"{tag}:wake", f"{tag}:sd"
 
     def __repr__(self) -> str:
         return f"ReplayClient({self.address!r}, shard={self.shard})"
@@ -180,7 +195,7 @@ class ReplayClient:
             Others as in `check`.
         """
         self.check()
-        self._load_library()
+        self.load_library()
         reply = self._fcall(
             "replay_create",
             [self._meta],
@@ -302,7 +317,19 @@ class ReplayClient:
         values = dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
         if not values:
             raise self._missing()
-        return ReplayStats(**{name: int(values[key]) for name, key in _STATS_FIELDS.items()})
+        return ReplayStats(
+            **{name: int(values[key]) for name, key in _STATS_FIELDS.items()},
+            **{name: int(values.get(key, 0)) for name, key in _LATER_FIELDS.items()},
+        )
+
+    def register(self, process: str, live_ms: int, text: str) -> None:
+        """Keep where a process serves metrics for `live_ms` of the server's time; 0 forgets it."""
+        self._fcall("replay_register", [self._sd], process, live_ms, text)
+
+    def endpoints(self) -> list[str]:
+        """Return what the processes that are live have registered."""
+        flat = self._fcall("replay_endpoints", [self._sd])
+        return [text.decode() for text in flat[1::2]]
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes that the server uses and its limit, 0 for none."""
@@ -360,12 +387,18 @@ class ReplayClient:
         """Return the key under which the server keeps a chunk."""
         return f"{self._prefix}:c:{sid}:{seq}"
 
-    def _load_library(self) -> None:
+    def library(self) -> Literal["same", "other", "none"]:
+        """Say whether the server has the function library of this program, another one or none."""
+        known = _leaves(self._command("FUNCTION", "LIST", "LIBRARYNAME", LIBRARY, "WITHCODE"))
+        if not known:
+            return "none"
+        return "same" if _library_code().encode() in known else "other"
+
+    def load_library(self) -> None:
+        """Load the function library, unless the server has this very one."""
         # Loading again would needlessly look like a restart of the server to every stream.
-        code = resources.files("replay_service").joinpath("functions.lua").read_text()
-        known = self._command("FUNCTION", "LIST", "LIBRARYNAME", LIBRARY, "WITHCODE")
-        if not known or code.encode() not in _leaves(known):
-            self._command("FUNCTION", "LOAD", "REPLACE", code)
+        if self.library() != "same":
+            self._command("FUNCTION", "LOAD", "REPLACE", _library_code())
 
     def _fcall(self, name: str, keys: list[str], *arguments: int | str) -> Any:
         return self._command("FCALL", name, len(keys), *keys, *arguments)
@@ -477,6 +510,10 @@ def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redi
             f"{without_password(url)!r} is not an address of a server: use "
             "unix:///path/to/socket, redis://host:port or rediss://host:port"
         ) from error
+
+
+def _library_code() -> str:
+    return resources.files("replay_service").joinpath("functions.lua").read_text()
 
 
 def _entry(row: Any) -> LogEntry:

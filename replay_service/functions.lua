@@ -8,6 +8,7 @@
 --   seq      hash    stream -> last committed sequence number, with a trailing "c" once closed
 --   payload  string  the encoded chunk; expires by itself until it is committed
 --   wake     stream  its newest entry (the only one) is the last settlement; writers block on it
+--   sd       hash    process -> until when its metrics count as live (ms), and where they are (JSON)
 
 -- Epoch by meta key. Empty again after every load, restart or promotion, which no client could
 -- tell reliably.
@@ -100,6 +101,11 @@ local function create(keys, args)
   return {'OK', known and 0 or 1}
 end
 
+-- Count an answer that inserted nothing, for whoever watches.
+local function refused(meta, field, known)
+  redis.call('HSET', meta, field, whole(int(known) + 1))
+end
+
 -- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes.
 -- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted wake | SCHEMA text | TOOBIG
 -- steps bytes | NOPAYLOAD | NONE (no replay has been created). The wake of a WAIT is the id after
@@ -109,14 +115,20 @@ local function insert(keys, args)
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
   local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'cap_steps',
     'cap_bytes', 'min_size', 'budget', 'inserted', 'size', 'bytes', 'chunks', 'evicted',
-    'committed', 'wake')
+    'committed', 'wake', 'inserted_bytes', 'dups', 'gaps', 'waits')
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
 
   local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '(%d+)(c?)')
   last = int(last)
-  if seq <= last then return {'DUP', last} end
-  if seq ~= last + 1 then return {'GAP', last} end
+  if seq <= last then
+    refused(meta, 'dups', m[16])
+    return {'DUP', last}
+  end
+  if seq ~= last + 1 then
+    refused(meta, 'gaps', m[17])
+    return {'GAP', last}
+  end
 
   local cap_steps, cap_bytes = int(m[4]), int(m[5])
   local most_steps, most_bytes = math.min(int(m[2]), cap_steps), math.min(int(m[3]), cap_bytes)
@@ -125,6 +137,7 @@ local function insert(keys, args)
   end
   local budget, inserted, size, held = int(m[7]), int(m[8]), int(m[9]), int(m[10])
   if size >= int(m[6]) and inserted + steps > budget then
+    refused(meta, 'waits', m[18])
     return {'WAIT', budget, inserted, m[14] or '0-0'}
   end
   local stored = redis.call('STRLEN', payload)
@@ -146,7 +159,8 @@ local function insert(keys, args)
   redis.call('HSET', seqs, sid, whole(seq) .. closed)
   redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),
     'size', whole(size + steps - freed), 'bytes', whole(held + bytes - freed_bytes),
-    'chunks', whole(int(m[11]) + 1 - gone), 'evicted', whole(int(m[12]) + freed))
+    'chunks', whole(int(m[11]) + 1 - gone), 'evicted', whole(int(m[12]) + freed),
+    'inserted_bytes', whole(int(m[15]) + bytes))
   return {'OK', inserted + steps}
 end
 
@@ -231,11 +245,56 @@ local function shrink(keys, args)
   return {'OK', chunks, freed, freed_bytes}
 end
 
+-- Milliseconds of this server's clock: those of the processes that register may disagree.
+local function now_ms()
+  local now = redis.call('TIME')
+  return int(now[1]) * 1000 + math.floor(int(now[2]) / 1000)
+end
+
+-- KEYS sd; ARGV process, milliseconds for which it counts as live (0 takes it out), where and what
+-- it is. Whoever has not come back in time goes too.
+local function register(keys, args)
+  local now = now_ms()
+  local known = redis.call('HGETALL', keys[1])
+  for i = 1, #known, 2 do
+    if int(string.match(known[i + 1], '^%d+')) <= now then redis.call('HDEL', keys[1], known[i]) end
+  end
+  if int(args[2]) > 0 then
+    redis.call('HSET', keys[1], args[1], whole(now + int(args[2])) .. ' ' .. args[3])
+  else
+    redis.call('HDEL', keys[1], args[1])
+  end
+  return {'OK'}
+end
+
+-- KEYS sd. Returns process, where and what it is, of all that are live.
+local function endpoints(keys)
+  local found, now = {}, now_ms()
+  local known = redis.call('HGETALL', keys[1])
+  for i = 1, #known, 2 do
+    local till, text = string.match(known[i + 1], '^(%d+) (.*)$')
+    if int(till) > now then
+      found[#found + 1] = known[i]
+      found[#found + 1] = text
+    end
+  end
+  return found
+end
+
+-- KEYS meta. Writes nothing: the server refuses to call it whenever it would refuse an insert,
+-- because it has no memory or disk left, or is a replica.
+local function admits(keys)
+  return {'OK'}
+end
+
 redis.register_function('replay_insert', insert)
+redis.register_function('replay_admits', admits)
 redis.register_function('replay_open', open_stream)
 redis.register_function('replay_close', close_stream)
 redis.register_function{function_name='replay_create', callback=create, flags={'allow-oom'}}
 redis.register_function{function_name='replay_fence', callback=fence, flags={'allow-oom'}}
 redis.register_function{function_name='replay_settle', callback=settle, flags={'allow-oom'}}
 redis.register_function{function_name='replay_evict', callback=shrink, flags={'allow-oom'}}
+redis.register_function{function_name='replay_register', callback=register, flags={'allow-oom'}}
+redis.register_function{function_name='replay_endpoints', callback=endpoints, flags={'no-writes'}}
 redis.register_function{function_name='replay_stats', callback=stats, flags={'no-writes'}}

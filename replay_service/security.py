@@ -54,7 +54,7 @@ ROLES: dict[RoleName, Role] = {
     ),
     "learner": Role(
         purpose="creates the replay, reads the log, pays for inserts",
-        functions=("create", "fence", "settle", "stats", "evict"),
+        functions=("create", "fence", "settle", "stats", "evict", "register"),
         commands="ping info time function|list function|load",
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset hexists hincrby",
@@ -63,13 +63,20 @@ ROLES: dict[RoleName, Role] = {
             "~{rp*}:c:*": "mget del",
             "~{rp*}:wake": "xadd",
             "~{rp*}:dead": "xadd",
+            "~{rp*}:sd": "hset hdel hgetall",
         },
     ),
     "exporter": Role(
         purpose="reads counters for metrics",
-        functions=("stats",),
-        commands="ping info client|list slowlog|get slowlog|len latency|latest",
-        on_keys={"%R~{rp*}:meta": "hgetall", "%R~{rp*}:log": "xlen xinfo|stream"},
+        functions=("stats", "endpoints", "admits"),
+        commands="ping info time client|list slowlog|get slowlog|len latency|latest",
+        on_keys={
+            "%R~{rp*}:meta": "hgetall",
+            "%R~{rp*}:log": "xlen xinfo|stream",
+            "%R~{rp*}:seq": "hlen",
+            "%R~{rp*}:dead": "xinfo|stream",
+            "%R~{rp*}:sd": "hgetall",
+        },
     ),
     "admin": Role(purpose="checks, exports, imports and mends", commands="@all"),
 }

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +18,7 @@ from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
 from deploy.launch import replay_server
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
-from replay_service import Limits, ReplayClient, address_for
+from replay_service import EmbeddedServer, Limits, ReplayClient, address_for
 from tests.replay_service.records import SCHEMA, insert_many
 
 

@@ -1,0 +1,100 @@
+"""`dreamfleet replay serve`: the process beside a replay server."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry
+
+from deploy.config import ConfigError
+from deploy.progress import console
+from deploy.replaycmd import ReplayServeOptions, address_of
+from replay_service import (
+    MetricsEndpoint,
+    ReplayClient,
+    ReplayUnavailable,
+    address_for,
+    has_password,
+)
+from replay_service.discovery import Target, reached_at
+from replay_service.exporter import ReplayMetrics, ReplayService, ReplayWatch
+from replay_service.security import RoleName, password_file
+
+log = logging.getLogger(__name__)
+
+CALL_S = 2.0
+"""Deadline of one call to the server: a scrape makes several, and Prometheus waits 5 to 10 s."""
+
+
+def serve_replay(options: ReplayServeOptions) -> int:
+    """Prepare the server, and serve until SIGTERM or SIGINT. Returns 0.
+
+    A server that does not answer yet is waited for: /healthz says so meanwhile.
+
+    Raises:
+        ConfigError, ReplayError: the server or the token file cannot be used as they are.
+        OSError: the port is taken, or the address is not of this machine.
+    """
+    if has_password(options.url):
+        raise ConfigError(
+            "the address contains a password, which the process list shows: use --secrets or "
+            "--password-file"
+        )
+    host, port = address_of(options.listen)
+    with ExitStack() as stack:
+        watch, keeper = _clients(options)
+        for client in filter(None, (watch, keeper)):
+            stack.callback(client.close)
+        service = ReplayService(watch, keeper)
+        try:
+            service.prepare()
+            for warning in service.warnings():
+                log.warning("replay_configuration address=%s: %s", watch.address, warning)
+        except ReplayUnavailable as error:
+            log.warning("replay_unavailable the health check tries again: %s", error)
+        registry = CollectorRegistry()
+        registry.register(ReplayMetrics(watch))
+        endpoint = MetricsEndpoint(
+            registry,
+            host=host,
+            port=port,
+            token_file=options.token_file,
+            pages=service.pages(),
+            open_pages=("/healthz",),
+        )
+        stack.callback(endpoint.close)
+        address = reached_at(options.host or host, endpoint.port, watch.url)
+        service.own = Target(address=address, labels={"role": "replay"})
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        console().print(
+            f"metrics, health and targets of {watch.address} are at http://{address}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        stop.wait()
+    return 0
+
+
+def _clients(options: ReplayServeOptions) -> tuple[ReplayWatch, ReplayClient | None]:
+    """Return who looks at the server, and who may load functions into it if anybody may."""
+    access = options.config()
+    roles: list[RoleName] = ["admin", "learner", "exporter"]
+    if options.secrets is not None and options.password_file is None:
+        roles = [role for role in roles if password_file(options.secrets, role).is_file()]
+        if not roles:
+            raise ConfigError(
+                f"there is no password of admin, learner or exporter in {options.secrets}: make "
+                "them with `dreamfleet secrets`"
+            )
+    else:
+        # Whoever the address names, or nobody in particular.
+        roles = [urlsplit(options.url).username or "admin"]  # type: ignore[list-item]
+    first, last = (address_for(options.url, access, role) for role in (roles[0], roles[-1]))
+    keeper = None if roles[0] == "exporter" else ReplayClient(first, timeout_s=CALL_S)
+    return ReplayWatch(last, timeout_s=CALL_S), keeper
