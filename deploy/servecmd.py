@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 from contextlib import ExitStack
-from urllib.parse import urlsplit
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
@@ -83,18 +83,24 @@ def serve_replay(options: ReplayServeOptions) -> int:
 
 def _clients(options: ReplayServeOptions) -> tuple[ReplayWatch, ReplayClient | None]:
     """Return who looks at the server, and who may load functions into it if anybody may."""
-    access = options.config()
-    roles: list[RoleName] = ["admin", "learner", "exporter"]
-    if options.secrets is not None and options.password_file is None:
-        roles = [role for role in roles if password_file(options.secrets, role).is_file()]
-        if not roles:
-            raise ConfigError(
-                f"there is no password of admin, learner or exporter in {options.secrets}: make "
-                "them with `dreamfleet secrets`"
-            )
-    else:
+    access, url = options.config(), options.url
+    if options.secrets is None or options.password_file is not None:
         # Whoever the address names, or nobody in particular.
-        roles = [urlsplit(options.url).username or "admin"]  # type: ignore[list-item]
-    first, last = (address_for(options.url, access, role) for role in (roles[0], roles[-1]))
-    keeper = None if roles[0] == "exporter" else ReplayClient(first, timeout_s=CALL_S)
-    return ReplayWatch(last, timeout_s=CALL_S), keeper
+        found = address_for(url, access, "admin")
+        return ReplayWatch(found, timeout_s=CALL_S), ReplayClient(found, timeout_s=CALL_S)
+    looks = _first_of(options.secrets, ("exporter", "admin"))
+    loads = _first_of(options.secrets, ("admin", "learner"))
+    if looks is None:
+        raise ConfigError(
+            f"there is no exporter.password and no admin.password in {options.secrets}: make them "
+            "with `dreamfleet secrets`"
+        )
+    watch = ReplayWatch(address_for(url, access, looks), timeout_s=CALL_S)
+    if loads is None:
+        return watch, None
+    return watch, ReplayClient(address_for(url, access, loads), timeout_s=CALL_S)
+
+
+def _first_of(secrets: Path, roles: tuple[RoleName, ...]) -> RoleName | None:
+    """Return the first role whose password is there."""
+    return next((role for role in roles if password_file(secrets, role).is_file()), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -44,7 +45,7 @@ class LearnerConfig:
     """File whose first line readers of the endpoint must send as a bearer token, readable by its
     owner alone."""
     metrics_host: str | None = None
-    """Name or address at which Prometheus reaches this machine, if it is not the one listened at."""
+    """Name or address at which Prometheus reaches this machine, if it is another one."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -154,3 +154,43 @@ def test_run_that_never_trained_and_directories_with_other_things_are_refused(
     assert main(["replay", "import", str(archive), str(tmp_path / "fresh")]) == 2
     assert "brings no config.yaml" in said(capsys)
     assert not (tmp_path / "fresh").exists()
+
+
+def test_serve_prepares_a_server_and_lists_itself(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path / "server", max_memory_bytes=2**26) as server:
+        command = [sys.executable, "-m", "deploy.cli", "replay", "serve", server.url]
+        process = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://(\S+)", process.stdout.readline())
+            assert found is not None
+            pages = {}
+            for page in ("healthz", "sd", "metrics"):
+                with urllib.request.urlopen(f"http://{found[1]}/{page}", timeout=10) as answer:
+                    pages[page] = answer.read().decode()
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.communicate()
+    assert pages["healthz"] == "ok\n"
+    assert json.loads(pages["sd"]) == [{"targets": [found[1]], "labels": {"role": "replay"}}]
+    assert "dreamer_replay_log_up 1.0" in pages["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["runs/a"], "takes the address of a server"),
+        (["redis://127.0.0.1:1", "--listen", "9100"], "expected address:port"),
+        (["redis://:word@127.0.0.1:1"], "contains a password"),
+        (["redis://127.0.0.1:1", "--listen", "0.0.0.0:0"], "open to anybody"),
+    ],
+)
+def test_serve_says_what_it_cannot_do(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", "serve", *arguments]) == 2
+    assert message in said(capsys)
