@@ -244,6 +244,8 @@ def make_learner(config: TrainConfig, run: Path, facts: EnvFacts, mirror: Any) -
             action_repeat=facts.action_repeat,
             config_hash=digest,
             port=knobs.metrics_port,
+            host=knobs.metrics_listen,
+            token_file=knobs.metrics_token_file,
             offline=True,
         ),
         fence=0,
