@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -194,3 +195,52 @@ def test_serve_says_what_it_cannot_do(
 ) -> None:
     assert main(["replay", "serve", *arguments]) == 2
     assert message in said(capsys)
+
+
+@pytest.mark.parametrize("roles", [("exporter", "admin"), ("exporter",)])
+def test_serve_works_with_the_roles_that_it_has_and_shows_no_secret(
+    tmp_path: Path, roles: tuple[str, ...]
+) -> None:
+    make_secrets(SecretsOptions(directory=tmp_path / "all"))
+    knobs = replace(preset("v3-cartpole").replay, secrets=tmp_path / "all")
+    (tmp_path / "some").mkdir()
+    for role in roles:
+        (tmp_path / f"some/{role}.password").hardlink_to(tmp_path / f"all/{role}.password")
+    with EmbeddedServer(tmp_path / "r", max_memory_bytes=2**26, secrets=knobs.secrets) as server:
+        learner = ReplayClient(address_for(server.url, knobs, "learner"))
+        learner.load_library()
+        words = ["replay", "serve", server.url, "--secrets", str(tmp_path / "some")]
+        words += ["--listen", "0.0.0.0:0", "--host", "127.0.0.1"]
+        words += ["--token-file", str(tmp_path / "all/admin.password")]
+        token = (tmp_path / "all/admin.password").read_text().strip()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        try:
+            found = re.search(r"http://(\S+)", first)
+            assert found is not None, first
+            with urllib.request.urlopen(f"http://{found[1]}/healthz", timeout=10) as answer:
+                assert answer.read() == b"ok\n"
+            asked = urllib.request.Request(
+                f"http://{found[1]}/metrics", headers={"Authorization": f"Bearer {token}"}
+            )
+            with urllib.request.urlopen(asked, timeout=10) as answer:
+                shown = answer.read().decode()
+            server.stop()
+            with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+                urllib.request.urlopen(f"http://{found[1]}/healthz", timeout=10)
+            with caught.value as refusal:
+                reason = refusal.read().decode()
+        finally:
+            process.terminate()
+            rest, _ = process.communicate(timeout=20)
+        learner.close()
+    assert process.returncode == 0 and "dreamer_replay_log_writable 1.0" in shown
+    assert reason.count("\n") == 1
+    for path in (tmp_path / "all").glob("*.password"):
+        assert path.read_text().strip() not in first + shown + reason + rest

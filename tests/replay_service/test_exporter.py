@@ -18,7 +18,7 @@ from replay_service import Limits, MetricsEndpoint, ReplayClient, ReplayConfigEr
 from replay_service.discovery import Registration, Target, live_targets, reached_at, register
 from replay_service.exporter import PREFIX, ReplayMetrics, ReplayService, ReplayWatch
 from replay_service.server import EmbeddedServer
-from tests.replay_service.records import SCHEMA, insert_many
+from tests.replay_service.records import SCHEMA, chunk, insert, insert_many
 
 
 @pytest.fixture
@@ -60,6 +60,59 @@ def test_a_scrape_says_what_the_server_holds(client: ReplayClient, watch: Replay
     assert found["inserted_bytes_total"] == stats.size_bytes > 0
     assert found["memory_limit_bytes"] == 2**28 > found["memory_used_bytes"] > 0
     assert found["streams"] >= 1 and found["quarantined_chunks_total"] == 0
+
+
+def test_refused_inserts_and_evictions_are_counted(
+    client: ReplayClient, watch: ReplayWatch
+) -> None:
+    limits = Limits(capacity_steps=32, capacity_bytes=2**24, min_size_steps=16, budget_steps=48)
+    client.create(SCHEMA, limits)
+    insert_many(client, 0, 1)
+    assert "insert_credit_steps" not in read(watch)
+    insert_many(client, 0, 5, start=2)
+    assert insert(client, chunk(0, 6)) == "DUP"
+    assert insert(client, chunk(0, 9)) == insert(client, chunk(1, 2)) == "GAP"
+    assert [insert(client, chunk(0, 7)) for _ in range(3)] == ["WAIT"] * 3
+    entries = client.read_log("0", 10, 0.01)
+    client.quarantine(entries[0], b"torn", "a test")
+    found = read(watch)
+    want = {
+        "inserted_steps_total": 48,
+        "committed_chunks_total": 6,
+        "evicted_steps_total": 16,
+        "duplicates_total": 1,
+        "gaps_total": 2,
+        "waits_total": 3,
+        "quarantined_chunks_total": 1,
+        "size_steps": 32,
+        "size_bytes": sum(entry.size_bytes for entry in entries),
+        "chunks": 4,
+        "streams": 1,
+        "budget_steps": 48,
+        "insert_credit_steps": 0,
+        "epoch": client.stats().epoch,
+    }
+    assert {name: found[name] for name in want} == want
+    assert found["inserted_bytes_total"] == client.stats().inserted_bytes > found["size_bytes"]
+
+
+def test_a_process_stays_listed_while_the_server_has_no_memory(
+    client: ReplayClient, watch: ReplayWatch
+) -> None:
+    client.create(SCHEMA, Limits(capacity_steps=1000, capacity_bytes=10**8))
+    with redis.Redis.from_url(client.url) as admin:
+        try:
+            admin.config_set("maxmemory", "1mb")
+            assert read(watch)["writable"] == 0 and read(watch)["up"] == 1
+            register(client, "a", Target(address="h:2"), 5.0)
+            assert [target.address for target in live_targets(watch)] == ["h:2"]
+            admin.config_set("maxmemory", 2**28)
+            admin.replicaof("127.0.0.1", "1")
+            status, _, text = ReplayService(watch).healthz()
+            assert status == 503 and "read only replica" in text and text.count("\n") == 1
+        finally:
+            admin.replicaof("NO", "ONE")
+            admin.config_set("maxmemory", 2**28)
 
 
 def test_without_a_server_there_are_no_old_numbers(tmp_path: Path) -> None:
