@@ -22,7 +22,7 @@ fi
 if [ ! -e secrets/users.acl ] || [ "${1:-}" = --rotate ]; then
   "$dreamfleet" secrets secrets/ --hosts redis "$@"
 fi
-for name in ray.token grafana_admin.password; do
+for name in ray.token metrics.token grafana_admin.password; do
   if [ ! -e "secrets/$name" ] || [ "${1:-}" = --rotate ]; then
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"secrets/$name"
   fi

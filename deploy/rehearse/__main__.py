@@ -31,7 +31,12 @@ SETTINGS = {
     "OBJECT_STORE_BYTES": "100000000",
     "REDIS_MEMORY_BYTES": "536870912",
 }
-JOBS = {"prometheus": "prometheus", "redis": "redis-exporter", "ray": "ray-head"}
+JOBS = {
+    "prometheus": "prometheus",
+    "redis": "redis-exporter",
+    "ray": "ray-head",
+    "dreamfleet": "replay",
+}
 """Jobs of Prometheus that must have a target each, and the services that they are about."""
 MOST_S = 1800.0
 

@@ -19,7 +19,7 @@ from deploy.cli import parse_train
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-OURS = {"ray-head", "actors", "learner", "learner-gpu"}
+OURS = {"replay", "ray-head", "actors", "learner", "learner-gpu"}
 SERVICES = OURS | {"redis", "redis-exporter", "prometheus", "grafana", "dcgm-exporter"}
 LOOPBACK = "127.0.0.1"
 
@@ -86,7 +86,8 @@ def test_gpu_learner_differs_in_image_device_and_reservation_alone(
     cpu, gpu = (deepcopy(everything["services"][name]) for name in ("learner", "learner-gpu"))
     assert gpu.pop("deploy")["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert (cpu["environment"].pop("DEVICE"), gpu["environment"].pop("DEVICE")) == ("cpu", "cuda")
-    for service in (cpu, gpu):
+    for name, service in (("learner", cpu), ("learner-gpu", gpu)):
+        assert service["environment"].pop("METRICS_HOST") == name
         for name in ("profiles", "image", "build"):
             service.pop(name)
     assert cpu == gpu
@@ -146,9 +147,10 @@ def test_no_service_holds_a_secret_that_it_does_not_need(everything: dict[str, A
         for name, service in everything["services"].items()
     }
     assert held["actors"] == {"actor.password", "ray.token"}
-    assert held["learner"] == {"learner.password", "ray.token"}
+    assert held["learner"] == {"learner.password", "ray.token", "metrics.token"}
+    assert held["replay"] == {"admin.password", "exporter.password", "metrics.token"}
     assert held["redis-exporter"] == {"exporter.password"}
-    assert held["prometheus"] == {"ray.token"}
+    assert held["prometheus"] == {"ray.token", "metrics.token"}
 
 
 def test_our_own_commands_are_understood(everything: dict[str, Any]) -> None:
