@@ -93,8 +93,8 @@ class Run:
 def start(tmp_path: Path):  # type: ignore[no-untyped-def]
     runs: list[Run] = []
 
-    def begin(*flags: str) -> Run:
-        runs.append(Run(tmp_path / "run", *flags))
+    def begin(*flags: str, name: str = "run") -> Run:
+        runs.append(Run(tmp_path / name, *flags))
         return runs[-1]
 
     yield begin
@@ -234,6 +234,54 @@ def test_what_cannot_work_is_one_clear_error(start, flags: tuple[str, ...], word
     assert "Traceback" not in run.output()
     marks = [p.pid for p in psutil.process_iter() if MARK in _environment(p)]
     assert not set(marks) & set(run.members)
+
+
+def test_two_runs_side_by_side_share_no_port_key_directory_or_process(start) -> None:  # type: ignore[no-untyped-def]
+    first = start("--steps", FOREVER, "--seed", "1", name="one")
+    first.wait_for(training, START_S)
+    second = start("--steps", FOREVER, "--seed", "2", name="two")
+    second.wait_for(training, START_S)
+    first.note_members()
+    assert not first.members.keys() & second.members.keys()
+    ports = [{port for _, port in _listening(run)} for run in (first, second)]
+    assert ports[0] and ports[1] and not ports[0] & ports[1]
+    marks = [{_environment(p).get(MARK) for p in run.members.values()} for run in (first, second)]
+    assert not (marks[0] & marks[1]) - {None}
+    below = [_directories(run) for run in (first, second)]
+    assert below[0] and below[1] and not below[0] & below[1]
+    # What one run does is no business of the other: it goes on when the first one ends.
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(END_S) == 143, first.output()
+    assert first.left(1.0) == []
+    updates = int(str(second.status()["updates"]))
+    second.wait_for(lambda status: int(str(status["updates"])) > updates + 5, START_S)
+    names = {row["actor"] for row in read_rows(second.directory / "scores.jsonl")}
+    assert second.status()["metrics_port"] in ports[1] and names
+
+
+def _listening(run: Run) -> set[tuple[str, int]]:
+    """Return where the processes of a run listen on TCP."""
+    found = set()
+    for process in [psutil.Process(run.process.pid), *run.members.values()]:
+        try:
+            for socket in process.net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    found.add((str(socket.laddr.ip), int(socket.laddr.port)))
+        except psutil.Error:
+            continue
+    return found
+
+
+def _directories(run: Run) -> set[str]:
+    """Return the folders below which a run writes: its own, and the temporary one of its Ray."""
+    found = {str(run.directory)}
+    for process in run.members.values():
+        try:
+            names = [file.path for file in process.open_files()]
+        except psutil.Error:
+            continue
+        found |= {name.split("/session_")[0] for name in names if "dreamfleet-ray-" in name}
+    return found
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:
