@@ -31,6 +31,7 @@ STATUS: dict[str, Any] = {
     "losses": {},
     "policy_version": (1, 40),
     "waiting_for": "",
+    "inserts_wait": "",
     "shares": {},
     "bound_by": "learner (92%)",
     "advice": "lower the train ratio",
