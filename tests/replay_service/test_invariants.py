@@ -134,7 +134,7 @@ def repeat_entry(raw: Raw) -> None:
 
 
 def add_entry(raw: Raw) -> None:
-    raw.xadd("{rp0}:log", raw.xrange("{rp0}:log")[5][1], id=f"{2**40}-13")
+    raw.xadd("{rp0}:log", raw.xrange("{rp0}:log")[5][1], id=f"{2**41}-13")
 
 
 def rewind_stream(raw: Raw) -> None:
