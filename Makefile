@@ -16,7 +16,7 @@ SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs rehearse clean
+.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs rehearse dashboards clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ logs: ## follow what it says (ARGS=learner for one service)
 
 rehearse: $(DEV_STAMP) ## start everything in docker-compose.yml without Docker, kill each part once, take it down
 	$(BIN)/python -m deploy.rehearse $(ARGS)
+
+dashboards: $(DEV_STAMP) ## write the Grafana dashboards again from deploy/dashboards.py
+	$(BIN)/python -m deploy.dashboards
 
 clean: ## remove the virtual environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

@@ -268,5 +268,5 @@ def test_every_dependency_is_pinned_without_a_local_suffix() -> None:
 
 def test_constraints_name_no_index_and_no_folder() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    wrong = [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line)]
+    wrong = [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==(?:\d+!)?[\w.]+", line)]
     assert not wrong, wrong
