@@ -119,6 +119,16 @@ OVERVIEW = Page(
             (("actors", f"dreamer_bound_actors_wanted{RUN}"),),
         ),
         Panel("Processes with metrics", "none", (("{{job}}", "sum by (job) (up)"),)),
+        Panel(
+            "Alerts that fire",
+            "none",
+            (
+                (
+                    "{{alertname}}",
+                    'sum by (alertname) (ALERTS{alertstate="firing"}) or vector(0)',
+                ),
+            ),
+        ),
     ),
 )
 ACTORS = Page(
@@ -272,8 +282,8 @@ PAGES = (OVERVIEW, ACTORS, REPLAY, LEARNER, INFRA)
 
 def metrics_in(query: str) -> set[str]:
     """Return the names of the metrics that a query reads."""
-    bare = re.sub(r'"[^"]*"|by \([^)]*\)', "", query)
-    return set(re.findall(r"\b(?:dreamer|redis|ray|DCGM|up)(?:_\w+)?\b", bare))
+    bare = re.sub(r'"[^"]*"|\b(?:by|without|on|ignoring) \([^)]*\)', "", query)
+    return set(re.findall(r"\b(?:dreamer|redis|ray|DCGM|up)(?:_\w+)?\b(?!:)", bare))
 
 
 def render(page: Page) -> str:

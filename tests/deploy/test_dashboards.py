@@ -9,51 +9,17 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from actors.metrics import ActorMetrics, Endpoint, FleetMetrics
+from actors.metrics import Endpoint
 from deploy.dashboards import ANNOTATIONS, DIRECTORY, INFRA, PAGES, SOURCE, metrics_in, render
-from learner.bound import PHASES
-from learner.metrics import Exporter
-from replay_service import EmbeddedServer, Limits, ReplayClient
-from replay_service.exporter import ReplayMetrics, ReplayWatch
-from tests.replay_service.records import SCHEMA, insert_many
 
 OURS = [*{query for page in PAGES if page is not INFRA for query in page.queries()}]
 MARKS = [query for _, query, _ in ANNOTATIONS]
-
-
-@pytest.fixture(scope="module")
-def registries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CollectorRegistry]]:
-    """What learner, replay service and an actor export, with a value of everything."""
-    learner = Exporter("abc")
-    learner.registry.register(
-        FleetMetrics(
-            lambda: {"desired": 2, "states": {"up": 2}, "restarts": {"hang": 1}, "quarantined": 0}
-        )
-    )
-    learner.phases(dict.fromkeys(PHASES, 1.0))
-    learner.bound({"environments": 1.0}, 2)
-    learner.train({"loss/rec": 1.0, "entropy_nats": 0.5})
-    learner.update({"checkpoint_last_success_timestamp_seconds": 1.0}, {})
-    values = {"weights_received_timestamp_seconds": 1.0}
-    actor = ActorMetrics(slot=0, env="CartPole-v1", read=lambda: values)
-    with EmbeddedServer(
-        tmp_path_factory.mktemp("replay") / "server", max_memory_bytes=2**26
-    ) as server:
-        client, watch = ReplayClient(server.url), ReplayWatch(server.url, timeout_s=2.0)
-        client.create(SCHEMA, Limits(capacity_steps=1000, capacity_bytes=10**7))
-        insert_many(client, 0, 3)
-        replay = CollectorRegistry()
-        replay.register(ReplayMetrics(watch))
-        yield {"learner": learner.registry, "actor": actor.registry, "replay": replay}
-        client.close()
-        watch.close()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.uid)
@@ -85,16 +51,10 @@ def test_the_source_and_the_folder_are_provisioned() -> None:
     assert Path(folder["options"]["path"]).parts[-2:] == DIRECTORY.parts[-2:]
 
 
-def test_every_metric_in_a_query_is_exported(registries: dict[str, CollectorRegistry]) -> None:
-    known = {
-        sample.name
-        for registry in registries.values()
-        for family in registry.collect()
-        for sample in family.samples
-    }
+def test_every_metric_in_a_query_is_exported(exported: set[str]) -> None:
     used = {name for query in OURS + MARKS for name in metrics_in(query)}
     assert len(used) > 30
-    assert used - known == {"up"}
+    assert used - exported == {"up"}
 
 
 def test_every_query_is_one(tmp_path: Path) -> None:
