@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from deploy.crew import Crew
     from dreamer.agent import Agent
     from learner.learner import Learner
+    from learner.record import Recorder
+    from learner.step import UpdateStep
 
 log = logging.getLogger(__name__)
 
@@ -277,8 +279,6 @@ def make_learner(
     from learner.learner import Learner, RunFacts
     from learner.pace import FreePace, LockstepPace
     from learner.publish import Publisher
-    from learner.record import Recorder
-    from learner.step import UpdateStep
 
     knobs, digest = config.learner, config_hash(config)
     agent = build_agent(config, facts, device)
@@ -286,14 +286,7 @@ def make_learner(
     publisher = Publisher(
         agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
     )
-    recorder = Recorder(
-        run,
-        action_repeat=facts.action_repeat,
-        config_hash=digest,
-        port=knobs.metrics_port,
-        host=knobs.metrics_listen,
-        token_file=knobs.metrics_token_file,
-    )
+    recorder = make_recorder(config, run, facts)
     fleet.bind(publisher, fence, recorder.clock)
     turns = LockstepPace(mirror, limiter, fleet.collect, fleet.cut)
     return Learner(
@@ -306,13 +299,7 @@ def make_learner(
             lockstep=config.lockstep,
         ),
         agent=agent,
-        step=UpdateStep(
-            agent,
-            mirror,
-            batch_size=knobs.batch_size,
-            batch_length=knobs.batch_length,
-            mode=knobs.mode,
-        ),
+        step=make_step(config, agent, mirror),
         mirror=mirror,
         client=client,
         limiter=limiter,
@@ -320,6 +307,38 @@ def make_learner(
         publisher=publisher,
         recorder=recorder,
         fence=fence,
+    )
+
+
+def make_recorder(
+    config: TrainConfig, run: Path, facts: EnvFacts, *, offline: bool = False
+) -> Recorder:
+    """Open the run's records, and serve its metrics where the configuration says."""
+    from learner.record import Recorder
+
+    knobs = config.learner
+    return Recorder(
+        run,
+        action_repeat=facts.action_repeat,
+        config_hash=config_hash(config),
+        port=knobs.metrics_port,
+        host=knobs.metrics_listen,
+        token_file=knobs.metrics_token_file,
+        offline=offline,
+    )
+
+
+def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
+    """Prepare one update of the agent: from the mirror's windows to new parameters."""
+    from learner.step import UpdateStep
+
+    knobs = config.learner
+    return UpdateStep(
+        agent,
+        mirror,
+        batch_size=knobs.batch_size,
+        batch_length=knobs.batch_length,
+        mode=knobs.mode,
     )
 
 

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, load_config, save_config
 from deploy.interrupts import Interrupts
-from deploy.launch import build_agent, choose_device, record_schema, reporting, resume
+from deploy.launch import (
+    build_agent,
+    choose_device,
+    make_recorder,
+    make_step,
+    record_schema,
+    reporting,
+    resume,
+)
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, summary
 from deploy.replaycmd import Access, open_replay
@@ -212,8 +220,6 @@ def make_learner(config: TrainConfig, run: Path, facts: EnvFacts, mirror: Any) -
     """Build the agent, and a learner around it that only reads."""
     from learner.learner import Learner, RunFacts
     from learner.offline import NoAccount, NoPublisher, NoServer, OfflinePace
-    from learner.record import Recorder
-    from learner.step import UpdateStep
 
     knobs, digest, target = config.learner, config_hash(config), target_updates(config)
     agent = build_agent(config, facts, choose_device(config.device))
@@ -227,27 +233,13 @@ def make_learner(config: TrainConfig, run: Path, facts: EnvFacts, mirror: Any) -
             target_updates=target,
         ),
         agent=agent,
-        step=UpdateStep(
-            agent,
-            mirror,
-            batch_size=knobs.batch_size,
-            batch_length=knobs.batch_length,
-            mode=knobs.mode,
-        ),
+        step=make_step(config, agent, mirror),
         mirror=mirror,
         client=NoServer(),
         limiter=NoAccount(knobs.batch_size * knobs.batch_length),
         pace=OfflinePace(mirror, target),
         publisher=NoPublisher(),
-        recorder=Recorder(
-            run,
-            action_repeat=facts.action_repeat,
-            config_hash=digest,
-            port=knobs.metrics_port,
-            host=knobs.metrics_listen,
-            token_file=knobs.metrics_token_file,
-            offline=True,
-        ),
+        recorder=make_recorder(config, run, facts, offline=True),
         fence=0,
     )
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import redis
 
+from benchmarks.faults.proxy import FaultProxy
 from replay_service import (
     EmbeddedServer,
     EpisodeSummary,
@@ -26,7 +27,6 @@ from replay_service import (
     decode_chunk,
 )
 from replay_service.chunk import Chunk
-from tests.replay_service.proxy import LossyProxy
 from tests.replay_service.records import SCHEMA, UNBOUNDED, record, write
 
 CONFIG = ReplayConfig(chunk_steps=8, redis_memory_bytes=2**28)
@@ -142,7 +142,8 @@ def test_inserts_take_effect_exactly_once_although_replies_are_lost(
     client: ReplayClient, server: EmbeddedServer, tmp_path: Path
 ) -> None:
     client.create(SCHEMA, UNBOUNDED)
-    proxy = LossyProxy(tmp_path, server.url, lose_every=4)
+    proxy = FaultProxy(tmp_path / "proxy.sock", server.url)
+    proxy.kinds, proxy.rate = frozenset({"lose"}), 0.25
     through = ReplayClient(proxy.url, timeout_s=2.0)
     uploader = Uploader(through, SCHEMA, CONFIG)
     writers = [uploader.open_stream(f"s{slot}", incarnation=1) for slot in range(2)]
@@ -154,7 +155,7 @@ def test_inserts_take_effect_exactly_once_although_replies_are_lost(
     uploader.close(0.0)
     through.close()
     chunks = committed(client)
-    assert proxy.lost > 20 and uploader.stats.replies["DUP"] > 0
+    assert proxy.injected["lose"] > 20 and uploader.stats.replies["DUP"] > 0
     for slot in range(2):
         assert steps_of(chunks, slot) == list(range(400))
     assert client.stats().inserted_steps == 800
