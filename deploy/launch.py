@@ -30,8 +30,10 @@ from replay_service import (
     Column,
     CreditLimiter,
     EmbeddedServer,
+    Limits,
     Mirror,
     ReplayClient,
+    Reseeder,
     Schema,
     address_for,
     estimate_memory,
@@ -51,6 +53,8 @@ log = logging.getLogger(__name__)
 DRAIN_S = 5.0
 """Time in which actors may hand over what they hold when a run ends."""
 STATUS_EVERY_S = 1.0
+LIVES = 1000
+"""Learners of one run that may have ended, one after the other, before their first checkpoint."""
 PUBLISH_S = 120.0
 """Time in which the hub must have answered; the first time it may still be starting."""
 
@@ -117,6 +121,7 @@ def train(config: TrainConfig) -> int:
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
+        learner.reseeder = make_reseeder(config, url, learner, limits)
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
         stack.enter_context(listed(config, client, learner))
@@ -282,7 +287,7 @@ def make_learner(
 
     knobs, digest = config.learner, config_hash(config)
     agent = build_agent(config, facts, device)
-    fence, kind = client.acquire_fence(), agent.amp or torch.float32
+    fence, kind = take_fence(client, run), agent.amp or torch.float32
     publisher = Publisher(
         agent, sender(hub, PUBLISH_S), fence=fence, config_hash=digest, dtype=kind
     )
@@ -342,6 +347,30 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
     )
 
 
+def take_fence(client: ReplayClient, run: Path) -> int:
+    """Return a fence above all that this run ever had, also if the server has lost its data."""
+    from learner.checkpoint import newest_fence
+
+    before = newest_fence(run / "checkpoints")
+    if before and not client.stats().fence:
+        # Lives that ended before their first checkpoint had fences too.
+        return client.acquire_fence(before + LIVES)
+    return client.acquire_fence()
+
+
+def make_reseeder(config: TrainConfig, url: str, learner: Learner, limits: Limits) -> Reseeder:
+    """Prepare for a server that loses its data. Records go back with the rights of an actor."""
+    return Reseeder(
+        learner.client,
+        lambda: ReplayClient(address_for(url, config.replay, "actor")),
+        learner.mirror,
+        limits,
+        fence=learner.fence,
+        mode=config.replay.on_data_loss,
+        codec=config.replay.codec,
+    )
+
+
 def export_fleet(learner: Learner, fleet: Crew) -> None:
     """Serve the metrics of the fleet at the learner's port: this process supervises it."""
     from actors.metrics import FleetMetrics
@@ -369,6 +398,8 @@ def resume(learner: Learner, run: Path) -> None:
     from learner.checkpoint import load_newest
 
     mirror = learner.mirror
+    # A learner may have died while it put back what the server had lost.
+    learner.client.restored(learner.fence)
     while not mirror.caught_up:
         mirror.wait(1.0)
         learner.recorder.score(mirror.absorb())
@@ -385,7 +416,9 @@ def resume(learner: Learner, run: Path) -> None:
         learner.env_steps,
         mirror.size_steps,
     )
-    if learner.env_steps < saved.manifest["env_steps"]:
+    if not learner.client.stats().committed_chunks:
+        learner.continue_account(saved.manifest["env_steps"])
+    elif learner.env_steps < saved.manifest["env_steps"]:
         log.warning(
             "replay_lost the checkpoint was made at %d environment steps and the replay has seen "
             "%d: training waits until actors have made up for them",

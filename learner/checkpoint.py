@@ -105,6 +105,12 @@ def save(
     return final
 
 
+def newest_fence(directory: Path) -> int:
+    """Return the highest fence of any checkpoint in a folder, valid or not; 0 without one."""
+    names = (path.name.partition("-")[0] for path in directory.glob("[0-9]*-*"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def load_newest(directory: Path, device: str = "cpu") -> Checkpoint | None:
     """Return the newest valid checkpoint, or None if there is none at all.
 

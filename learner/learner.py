@@ -28,7 +28,15 @@ from learner.status import Snapshot
 from learner.step import UpdateStep
 from learner.video import write_videos
 from learner.waits import Standstill, lasting
-from replay_service import ByteBudget, ReplayError, ReplayFenced, ReplayUnavailable
+from replay_service import (
+    ByteBudget,
+    ReplayError,
+    ReplayFenced,
+    ReplayMissing,
+    ReplayUnavailable,
+    Reseeder,
+    continue_account,
+)
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +98,12 @@ class Learner:
         publisher: Publisher | NoPublisher,
         recorder: Recorder,
         fence: int,
+        reseeder: Reseeder | None = None,
     ) -> None:
         self.config, self.facts = config, facts
         self.agent, self.step, self.mirror, self.client = agent, step, mirror, client
         self.limiter, self.pace, self.publisher = limiter, pace, publisher
-        self.recorder, self.fence = recorder, fence
+        self.recorder, self.fence, self.reseeder = recorder, fence, reseeder
         self.updates = 0
         self.stop = threading.Event()
         self.outcome = ""
@@ -181,6 +190,23 @@ class Learner:
         if self.facts.lockstep:
             self._restore_latents(state["latents"])
 
+    def continue_account(self, env_steps: int) -> None:
+        """Count on from so many environment steps, in a replay that was lost and is empty."""
+        log.error(
+            "replay_lost nothing of the %d environment steps of the checkpoint is left: training "
+            "goes on once there are %d new ones",
+            env_steps,
+            self.limiter.min_size_steps,
+        )
+        continue_account(
+            self.client,
+            self.mirror,
+            fence=self.fence,
+            inserted_steps=env_steps,
+            replayed_steps=self.replayed_steps,
+            budget_steps=self._budget(),
+        )
+
     def snapshot(self) -> Snapshot:
         """Return what the run is doing now. Safe to call from another thread."""
         stats = self.publisher.stats
@@ -201,7 +227,8 @@ class Learner:
 
     def _updates_wait(self) -> tuple[str, float]:
         """Return why no update starts, and for how many seconds none has."""
-        reason = self.pace.reason
+        restoring = self.reseeder.progress if self.reseeder else ""
+        reason = restoring or self.pace.reason
         return reason, self._no_updates.seconds(reason, self.updates)
 
     def _inserts_wait(self) -> tuple[str, float]:
@@ -306,6 +333,7 @@ class Learner:
         if now - self._logged_at < self.config.log_every_s:
             return
         self._logged_at = now
+        self._restore_if_replaced()
         with self.recorder.clock.during("log"):
             self._take_metrics()
             self._export()
@@ -322,7 +350,7 @@ class Learner:
             return
         with self.recorder.clock.during("settle"):
             try:
-                self.client.settle(self.fence, self.replayed_steps, self._budget())
+                self._settle_or_restore()
             except ReplayFenced as error:
                 raise LearnerError(f"{error}; this one stops") from error
             except ReplayUnavailable as error:
@@ -330,6 +358,31 @@ class Learner:
                 self._settle_at = moment + SETTLE_RETRY_S
                 return
         self._settle_at = moment + SETTLE_EVERY_S
+
+    def _settle_or_restore(self) -> None:
+        try:
+            self.client.settle(self.fence, self.replayed_steps, self._budget())
+        except ReplayMissing:
+            if self.reseeder is None:
+                raise
+            self._restore_replay(self.reseeder)
+
+    def _restore_replay(self, reseeder: Reseeder) -> None:
+        """Put the replay that the server has lost back, as far as the mirror has it."""
+        events = reseeder.run(self.replayed_steps, self._budget(), self.stop.is_set)
+        self.recorder.score(events)
+
+    def _restore_if_replaced(self) -> None:
+        """Look whether somebody else has emptied the server and created the replay anew."""
+        if self.reseeder is None:
+            return
+        try:
+            if self.reseeder.replaced():
+                self._restore_replay(self.reseeder)
+        except ReplayFenced as error:
+            raise LearnerError(f"{error}; this one stops") from error
+        except ReplayUnavailable as error:
+            log.debug("replay_unknown error=%s", error)
 
     def _budget(self) -> int:
         """Return the total of inserted steps up to which actors are admitted."""
@@ -421,6 +474,7 @@ class Learner:
             "weights_rejected": stats.rejected,
             "checkpoint_failures": self.checkpoint_failures,
             "skipped_updates": self.skipped_updates,
+            "replay_losses": self.reseeder.losses if self.reseeder else 0,
         }
         self.recorder.exporter.update(gauges, counters)
         self._logged_update = self.updates

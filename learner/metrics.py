@@ -138,6 +138,7 @@ _COUNTERS = {
     "replay_inserted_steps": "Environment steps seen in the replay log.",
     "replay_sampled_steps": "Steps replayed.",
     "mirror_missed_steps": "Steps that left the log before the mirror read them.",
+    "replay_losses": "How often the server had lost all its data and the replay was made anew.",
     "episodes": "Episodes finished.",
     "weights_published": "Publications that the hub accepted.",
     "weights_rejected": "Publications that the hub refused or that failed.",

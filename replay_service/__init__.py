@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ReplayError,
         ReplayFenced,
         ReplayFull,
+        ReplayMissing,
         ReplaySchemaError,
         ReplayTimeout,
         ReplayUnavailable,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from replay_service.mirror import EpisodeEvent, Mirror
     from replay_service.offline import ArchiveLog, ServerLog
     from replay_service.reflection import check_mirror
+    from replay_service.reseed import Reseeder, continue_account
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
     from replay_service.security import address_for, has_password, with_absolute_paths
@@ -58,6 +60,7 @@ _HOMES = {
         "ReplayError",
         "ReplayFenced",
         "ReplayFull",
+        "ReplayMissing",
         "ReplaySchemaError",
         "ReplayTimeout",
         "ReplayUnavailable",
@@ -68,6 +71,7 @@ _HOMES = {
     "mirror": ("EpisodeEvent", "Mirror"),
     "offline": ("ArchiveLog", "ServerLog"),
     "reflection": ("check_mirror",),
+    "reseed": ("Reseeder", "continue_account"),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
     "security": ("address_for", "has_password", "with_absolute_paths"),
@@ -105,10 +109,12 @@ __all__ = [
     "ReplayError",
     "ReplayFenced",
     "ReplayFull",
+    "ReplayMissing",
     "ReplaySchemaError",
     "ReplayStats",
     "ReplayTimeout",
     "ReplayUnavailable",
+    "Reseeder",
     "SamplingConfig",
     "Schema",
     "ServerLog",
@@ -119,6 +125,7 @@ __all__ = [
     "check_archive",
     "check_mirror",
     "check_server",
+    "continue_account",
     "create_like",
     "decode_chunk",
     "encode_chunk",

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import redis
 
-from replay_service.client import LogEntry, ReplayClient, translate
+from replay_service.client import LogEntry, ReplayClient
 from replay_service.errors import ReplayTimeout
+from replay_service.translate import translate
 
 _ENTRIES_PER_READ = 256
 _FETCH_BYTES = 8 * 1024**2

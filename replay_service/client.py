@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,17 +16,14 @@ from redis.retry import Retry
 from replay_service.chunk import max_blob_bytes
 from replay_service.config import Limits
 from replay_service.errors import (
-    ReplayAuthError,
     ReplayConfigError,
-    ReplayError,
     ReplayFenced,
-    ReplayFull,
+    ReplayMissing,
     ReplaySchemaError,
-    ReplayTimeout,
-    ReplayUnavailable,
 )
 from replay_service.schema import Schema
-from replay_service.security import roles_with, without_password
+from replay_service.security import without_password
+from replay_service.translate import translate
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +33,7 @@ PAYLOAD_TTL_S = 600
 _QUARANTINE_ENTRIES = 100
 _QUARANTINE_BYTES = 1024
 
-InsertCode = Literal["OK", "DUP", "GAP", "WAIT", "SCHEMA", "TOOBIG", "NOPAYLOAD", "NONE"]
+InsertCode = Literal["OK", "DUP", "GAP", "WAIT", "SCHEMA", "TOOBIG", "NOPAYLOAD", "FENCED", "NONE"]
 
 
 class InsertReply(NamedTuple):
@@ -65,6 +61,17 @@ class LogEntry(NamedTuple):
         return int(self.entry_id.partition("-")[2])
 
 
+class StreamEnd(NamedTuple):
+    """Where a stream of a replay that was lost goes on."""
+
+    name: str
+    incarnation: int
+    last_seq: int
+    """Newest chunk that was there and will not be put back."""
+    closed: bool
+    """Whether no writer will continue it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReplayStats:
     """Counters of one server, read at one instant."""
@@ -90,6 +97,8 @@ class ReplayStats:
     """Inserts refused because an earlier chunk of the stream was missing."""
     waits: int
     """Inserts put off because the train ratio admitted no more."""
+    born: int
+    """Epoch in which the replay was created; a replay that was lost and made anew has another."""
 
     @property
     def insert_credit_steps(self) -> int | None:
@@ -119,6 +128,7 @@ _LATER_FIELDS = {
     "duplicates": "dups",
     "gaps": "gaps",
     "waits": "waits",
+    "born": "born",
 }
 """Counters that appear with what they count."""
 
@@ -180,12 +190,13 @@ class ReplayClient:
             )
         return version
 
-    def create(self, schema: Schema, limits: Limits) -> bool:
+    def create(self, schema: Schema, limits: Limits, *, token: str | None = None) -> bool:
         """Create the replay, or update the limits of the one that exists.
 
         Args:
             schema: the columns; must equal those of an existing replay.
             limits: what the server enforces. Its budget only counts for a new replay.
+            token: of whoever will put something back: a new replay takes nothing else until then.
 
         Returns:
             Whether the replay is new.
@@ -207,6 +218,7 @@ class ReplayClient:
             limits.budget_steps,
             limits.max_chunk_steps,
             max_blob_bytes(schema, limits.max_chunk_steps),
+            *([token] if token else []),
         )
         if reply[0] == b"SCHEMA":
             raise self.schema_error(schema, reply[1])
@@ -242,7 +254,15 @@ class ReplayClient:
         self._fcall("replay_close", [self._seq, self.payload_key(sid, last_seq)], sid)
 
     def insert(
-        self, schema: Schema, sid: str, seq: int, steps: int, blob: bytes, *, send: bool = True
+        self,
+        schema: Schema,
+        sid: str,
+        seq: int,
+        steps: int,
+        blob: bytes,
+        *,
+        send: bool = True,
+        token: str | None = None,
     ) -> InsertReply:
         """Insert one encoded chunk; repeating the call has no further effect.
 
@@ -253,6 +273,7 @@ class ReplayClient:
             steps: records in it.
             blob: the encoded chunk.
             send: False to commit a payload that the server already has.
+            token: given to `restore`, by whoever puts back what the server has lost.
 
         Raises:
             ReplayFull: if the server is out of memory. Others as in `check`.
@@ -263,7 +284,9 @@ class ReplayClient:
             # An existing payload is either this one or committed: neither may be replaced.
             pipe.set(key, blob, ex=PAYLOAD_TTL_S, nx=True)
         keys = (self._meta, self._log, self._seq, key)
-        arguments = (schema.hash.hex(), sid, str(seq), str(steps), str(len(blob)))
+        arguments = [schema.hash.hex(), sid, str(seq), str(steps), str(len(blob))]
+        if token:
+            arguments.append(token)
         pipe.fcall("replay_insert", len(keys), *keys, *arguments)
         try:
             results = pipe.execute(raise_on_error=False)
@@ -275,9 +298,83 @@ class ReplayClient:
         code, *values = results[-1]
         return InsertReply(code.decode(), tuple(values))
 
-    def acquire_fence(self) -> int:
-        """Return a number above every earlier one; older learners can no longer settle."""
-        reply = self._fcall("replay_fence", [self._meta])
+    def restore(
+        self,
+        fence: int,
+        token: str,
+        *,
+        inserted_steps: int,
+        put_back_steps: int,
+        replayed_steps: int,
+        budget_steps: int,
+        streams: Sequence[StreamEnd],
+    ) -> list[int]:
+        """Begin to put back what the server has lost; until `restored` nobody else may insert.
+
+        The replay must have been created anew and hold nothing. Repeating the call, with the same
+        token, changes nothing.
+
+        Args:
+            fence: of the learner.
+            token: known to nobody else, for the inserts that follow.
+            inserted_steps: total that had been inserted, and will have been again at the end.
+            put_back_steps: of these, how many will be inserted; the others count as evicted.
+            replayed_steps, budget_steps: as for `settle`.
+            streams: after which chunks they go on.
+
+        Returns:
+            For each stream the last chunk that is there: where a repeated call continues.
+
+        Raises:
+            ReplayFenced: if a newer fence exists.
+            ReplayConfigError: if others have inserted into the new replay already.
+        """
+        words = [word for end in streams for word in (*end[:3], "c" if end.closed else "")]
+        reply = self._fcall(
+            "replay_restore",
+            [self._meta, self._seq],
+            fence,
+            token,
+            inserted_steps,
+            put_back_steps,
+            replayed_steps,
+            budget_steps,
+            *words,
+        )
+        self._refuse(fence, reply)
+        if reply[0] == b"BUSY":
+            raise ReplayConfigError(
+                f"the replay at {self.address} was created anew by somebody else and holds "
+                f"{int(reply[1])} chunks: what was lost cannot be put back behind them; to have it "
+                "back, empty the server and let the learner create the replay"
+            )
+        return [int(last) for last in reply[1:]]
+
+    def restored(self, fence: int) -> int:
+        """End what `restore` began, or a learner before this one; return the inserted steps.
+
+        Raises:
+            ReplayFenced: if a newer fence exists.
+        """
+        reply = self._fcall("replay_restored", [self._meta], fence)
+        self._refuse(fence, reply)
+        return int(reply[1])
+
+    def _refuse(self, fence: int, reply: list[Any]) -> None:
+        if reply[0] == b"FENCED":
+            raise ReplayFenced(
+                f"fence {fence} was replaced by {int(reply[1])}: another learner runs"
+            )
+        if reply[0] == b"NONE":
+            raise self._missing()
+
+    def acquire_fence(self, at_least: int = 0) -> int:
+        """Return a number above every earlier one; older learners can no longer settle.
+
+        Args:
+            at_least: for a server that has forgotten the earlier ones.
+        """
+        reply = self._fcall("replay_fence", [self._meta], at_least)
         if reply[0] == b"NONE":
             raise self._missing()
         return int(reply[1])
@@ -298,12 +395,7 @@ class ReplayClient:
         """
         keys = [self._meta, self._wake]
         reply = self._fcall("replay_settle", keys, fence, replayed_steps, budget_steps)
-        if reply[0] == b"FENCED":
-            raise ReplayFenced(
-                f"fence {fence} was replaced by {int(reply[1])}: another learner runs"
-            )
-        if reply[0] == b"NONE":
-            raise self._missing()
+        self._refuse(fence, reply)
         return int(reply[1]), int(reply[2])
 
     def wait_settlement(self, after: str, timeout_s: float) -> bool:
@@ -410,90 +502,8 @@ class ReplayClient:
             function = words[1] if words[0] == "FCALL" else ""
             raise translate(error, self.address, function) from error
 
-    def _missing(self) -> ReplayUnavailable:
-        return ReplayUnavailable(f"no replay has been created on {self.address} yet")
-
-
-def translate(error: Exception, address: str, function: str = "") -> ReplayError:
-    """Turn an error of the Redis library into one of ours.
-
-    Args:
-        error: what was raised.
-        address: of the server, as it may be shown.
-        function: the server-side function that was called, if one was.
-    """
-    kinds = redis.exceptions
-    denied = _denied(error, address, function)
-    if denied:
-        return ReplayAuthError(denied)
-    if isinstance(error, kinds.TimeoutError):
-        # A server without TLS says nothing at all to a client that begins with it.
-        hint = "; is that its port for TLS?" if address.startswith("rediss:") else ""
-        return ReplayTimeout(f"the server at {address} did not answer in time{hint}")
-    if isinstance(error, kinds.BusyLoadingError):
-        return ReplayUnavailable(f"the server at {address} is loading its data")
-    if isinstance(error, kinds.InvalidResponse) or "Protocol error" in str(error):
-        return ReplayConfigError(f"what answers at {address} does not speak the Redis protocol")
-    if isinstance(error, kinds.OutOfMemoryError) or "OOM" in str(error):
-        return ReplayFull(
-            f"the server at {address} has reached its memory limit: raise its maxmemory "
-            "(--replay.redis-memory-bytes) or lower --replay.capacity-steps"
-        )
-    if "MISCONF" in str(error):
-        # Learners wait for it too: unlike memory, the disk is needed for every write.
-        return ReplayUnavailable(
-            f"the server at {address} cannot write to its disk: make room where it keeps its data "
-            f"({_words_after('MISCONF', error)})"
-        )
-    if "Function not found" in str(error):
-        return ReplayUnavailable(f"no replay has been created on {address} yet")
-    if "unknown command" in str(error).lower():
-        return ReplayConfigError(
-            f"the server at {address} lacks a command of Redis 7.0 that replay needs: {error}"
-        )
-    return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
-
-
-def _words_after(code: str, error: Exception) -> str:
-    return str(error).partition(code)[2].strip(" .") or "no reason was given"
-
-
-def _denied(error: Exception, address: str, function: str) -> str:
-    """Return what to say if the server refuses who we are or what we ask, else nothing."""
-    kinds, text = redis.exceptions, str(error)
-    if isinstance(error, kinds.NoPermissionError) or "NOPERM" in text:
-        found = re.search(r"'([\w|]+)' command", text)
-        if found is None:
-            return (
-                f"the server at {address} keeps this user from keys or channels that the call "
-                "needs: use the role that it is for (dreamfleet secrets makes them)"
-            )
-        called = function if found[1].lower() == "fcall" else ""
-        name = called or found[1].upper()
-        roles = " or ".join(roles_with(f"fcall|{called}" if called else name)) or "admin"
-        return (
-            f"the server at {address} does not let this user run {name}: it takes credentials of "
-            f"the role {roles}"
-        )
-    if "ACL failure in script" in text:
-        return (
-            f"the server at {address} lets this user call {function or 'the function'} and not "
-            "what it does: load the ACL file that `dreamfleet secrets` of this version makes"
-        )
-    if "NOAUTH" in text or "Authentication required" in text:
-        return (
-            f"the server at {address} refuses connections without credentials: check user and "
-            "password, which come from --replay.secrets or --replay.password-file"
-        )
-    if isinstance(error, kinds.AuthenticationError):
-        return f"the server at {address} refuses these credentials: check user and password"
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        reason = re.search(r"verify failed: ([^(\]]+)", text)
-        return (
-            f"the certificate of {address} is not trusted ({reason[1].strip() if reason else text})"
-            ": give the CA that signed it with --replay.ca-file, and an address that it names"
-        )
-    return ""
+    def _missing(self) -> ReplayMissing:
+        return ReplayMissing(f"no replay has been created on {self.address} yet")
 
 
 def _connect(url: str, timeout_s: float, connect_timeout_s: float) -> redis.Redis:

@@ -103,6 +103,9 @@ class ReplayConfig:
     """What the embedded server keeps: none writes nothing to disk, so its end is the replay's end;
     everysec survives the death of any process and may lose two seconds of acknowledged steps in a
     power cut; strict acknowledges only what is on the disk, at the cost of one sync per insert."""
+    on_data_loss: Literal["reseed", "continue"] = "reseed"
+    """If the server loses all its data: reseed writes the learner's copy back before actors go on,
+    so that a restarted learner finds it; continue goes on with an empty log, at once."""
     secrets: Path | None = None
     """Directory made by dreamfleet secrets: learner and actors log in with their own roles, and
     the embedded server admits nobody else."""

@@ -4,8 +4,9 @@
 
     ReplayError
     ├── ReplayConfigError    a configuration that cannot work, with the arithmetic
-    ├── ReplayUnavailable    no server, a server that is loading, or no replay created on it yet
-    │   └── ReplayTimeout    the server did not answer within the deadline
+    ├── ReplayUnavailable    no server, or one that is loading
+    │   ├── ReplayTimeout    the server did not answer within the deadline
+    │   └── ReplayMissing    a server on which no replay has been created, or that has lost it
     ├── ReplayAuthError      the server refuses these credentials
     ├── ReplaySchemaError    columns differ from what the replay holds
     ├── ReplayFull           the server has no memory left
@@ -32,6 +33,10 @@ class ReplayUnavailable(ReplayError):
 
 class ReplayTimeout(ReplayUnavailable):
     """The server, or the delivery of chunks, missed its deadline."""
+
+
+class ReplayMissing(ReplayUnavailable):
+    """The server answers and holds no replay: none has been created yet, or its data is gone."""
 
 
 class ReplayAuthError(ReplayError):

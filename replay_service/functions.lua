@@ -82,8 +82,9 @@ local function claim(meta, sid)
   end
 end
 
--- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size,
--- budget, longest chunk, largest chunk in bytes. Repeating it only updates the limits.
+-- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size, budget,
+-- longest chunk, largest chunk in bytes, and for a replay whose contents are to be put back first
+-- the token of whoever does (see restore). Repeating it only updates the limits.
 local function create(keys, args)
   local meta = keys[1]
   local known = redis.call('HGET', meta, 'schema')
@@ -97,7 +98,14 @@ local function create(keys, args)
   end
   redis.call('HSET', meta, 'cap_steps', args[3], 'cap_bytes', args[4], 'min_size', args[5],
     'max_steps', args[7], 'max_bytes', args[8])
-  if known then ensure_epoch(meta) else new_epoch(meta) end
+  if known then
+    ensure_epoch(meta)
+  else
+    new_epoch(meta)
+    -- A replay that was lost and created again is told from the one before by this.
+    redis.call('HSET', meta, 'born', booted[meta])
+    if args[9] then redis.call('HSET', meta, 'restoring', args[9]) end
+  end
   return {'OK', known and 0 or 1}
 end
 
@@ -106,18 +114,24 @@ local function refused(meta, field, known)
   redis.call('HSET', meta, field, whole(int(known) + 1))
 end
 
--- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes.
+-- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes, and the
+-- token of a learner that puts back what was lost: while it does, only it may insert.
 -- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted wake | SCHEMA text | TOOBIG
--- steps bytes | NOPAYLOAD | NONE (no replay has been created). The wake of a WAIT is the id after
--- which the next settlement appears.
+-- steps bytes | NOPAYLOAD | FENCED (that token counts no more) | NONE (no replay has been created)
+-- | NONE reason. The wake of a WAIT is the id after which the next settlement appears.
 local function insert(keys, args)
   local meta, log, seqs, payload = keys[1], keys[2], keys[3], keys[4]
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
   local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'cap_steps',
     'cap_bytes', 'min_size', 'budget', 'inserted', 'size', 'bytes', 'chunks', 'evicted',
-    'committed', 'wake', 'inserted_bytes', 'dups', 'gaps', 'waits')
+    'committed', 'wake', 'inserted_bytes', 'dups', 'gaps', 'waits', 'restoring')
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
+  local restoring = args[6]
+  if (m[19] or nil) ~= restoring then
+    if restoring then return {'FENCED'} end
+    return {'NONE', 'the learner is putting back what the server has lost'}
+  end
 
   local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '(%d+)(c?)')
   last = int(last)
@@ -132,11 +146,13 @@ local function insert(keys, args)
 
   local cap_steps, cap_bytes = int(m[4]), int(m[5])
   local most_steps, most_bytes = math.min(int(m[2]), cap_steps), math.min(int(m[3]), cap_bytes)
+  -- What is put back was admitted once, perhaps under other limits.
+  if restoring then most_steps, most_bytes = cap_steps, cap_bytes end
   if steps < 1 or steps > most_steps or bytes > most_bytes then
     return {'TOOBIG', most_steps, most_bytes}
   end
   local budget, inserted, size, held = int(m[7]), int(m[8]), int(m[9]), int(m[10])
-  if size >= int(m[6]) and inserted + steps > budget then
+  if not restoring and size >= int(m[6]) and inserted + steps > budget then
     refused(meta, 'waits', m[18])
     return {'WAIT', budget, inserted, m[14] or '0-0'}
   end
@@ -179,8 +195,9 @@ end
 local function open_stream(keys, args)
   local meta, seqs = keys[1], keys[2]
   local field = 'incarnation:' .. args[1]
-  local before = redis.call('HGET', meta, field)
-  local fresh = math.max(int(before) + 1, int(args[2]))
+  local m = redis.call('HMGET', meta, field, 'incarnations_from')
+  local before = m[1]
+  local fresh = math.max(int(before) + 1, int(args[2]), int(m[2]))
   redis.call('HSET', meta, field, whole(fresh))
   if before then
     local sid = args[1] .. '@' .. before
@@ -201,10 +218,58 @@ local function close_stream(keys, args)
   return {'OK'}
 end
 
--- KEYS meta. Returns a fence above every earlier one.
-local function fence(keys)
-  if redis.call('HEXISTS', keys[1], 'schema') == 0 then return {'NONE'} end
-  return {'OK', redis.call('HINCRBY', keys[1], 'fence', 1)}
+-- KEYS meta; ARGV lowest fence wanted. Returns a fence above every earlier one.
+local function fence(keys, args)
+  local m = redis.call('HMGET', keys[1], 'schema', 'fence')
+  if not m[1] then return {'NONE'} end
+  local step = math.max(int(args[1]) - int(m[2]), 1)
+  return {'OK', redis.call('HINCRBY', keys[1], 'fence', whole(step))}
+end
+
+-- KEYS meta, seq; ARGV fence, token, steps in all, steps of them to be put back, replayed steps,
+-- budget, then for each stream its name, incarnation, last chunk that will not be put back, and "c"
+-- or "". Begins to put back what a server has lost, into a replay that has no chunk yet: from now on
+-- only inserts with the token are taken. The account goes on; steps that are not put back count as
+-- evicted; writers go on after the chunks that are said to have been there.
+-- Replies: OK, then the last chunk of each stream that is there | BUSY chunks | FENCED fence | NONE.
+-- With the same token it changes nothing, so that it can be continued.
+local function restore(keys, args)
+  local meta, seqs, token = keys[1], keys[2], args[2]
+  local m = redis.call('HMGET', meta, 'schema', 'fence', 'committed', 'restoring', 'restoring_to',
+    'born')
+  if not m[1] then return {'NONE'} end
+  if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
+  local begun = m[4] == token and m[5]
+  if not begun then
+    if int(m[3]) > 0 then return {'BUSY', int(m[3])} end
+    local before = whole(int(args[3]) - int(args[4]))
+    -- Of incarnations without any chunk nobody knows; no stream begins a new one every second.
+    redis.call('HSET', meta, 'restoring', token, 'restoring_to', args[3], 'fence', args[1],
+      'sampled', args[5], 'sampled_fence', args[1], 'budget', args[6], 'inserted', before,
+      'evicted', before, 'incarnations_from', whole(math.floor(int(m[6]) / 1000)))
+  end
+  local reply = {'OK'}
+  for i = 7, #args, 4 do
+    local name, life, last, closed = args[i], args[i + 1], args[i + 2], args[i + 3]
+    local sid = name .. '@' .. life
+    if not begun then
+      claim(meta, sid)
+      redis.call('HSET', seqs, sid, last .. closed)
+    end
+    reply[#reply + 1] = int(string.match(redis.call('HGET', seqs, sid) or '0', '%d+'))
+  end
+  return reply
+end
+
+-- KEYS meta; ARGV fence. Lets everybody insert again, whether or not everything was put back.
+-- Replies: OK inserted | FENCED fence | NONE.
+local function restored(keys, args)
+  local meta = keys[1]
+  local m = redis.call('HMGET', meta, 'schema', 'fence', 'inserted')
+  if not m[1] then return {'NONE'} end
+  if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
+  redis.call('HDEL', meta, 'restoring', 'restoring_to')
+  return {'OK', int(m[3])}
 end
 
 -- KEYS meta, wake; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
@@ -293,6 +358,8 @@ redis.register_function('replay_open', open_stream)
 redis.register_function('replay_close', close_stream)
 redis.register_function{function_name='replay_create', callback=create, flags={'allow-oom'}}
 redis.register_function{function_name='replay_fence', callback=fence, flags={'allow-oom'}}
+redis.register_function{function_name='replay_restore', callback=restore, flags={'allow-oom'}}
+redis.register_function{function_name='replay_restored', callback=restored, flags={'allow-oom'}}
 redis.register_function{function_name='replay_settle', callback=settle, flags={'allow-oom'}}
 redis.register_function{function_name='replay_evict', callback=shrink, flags={'allow-oom'}}
 redis.register_function{function_name='replay_register', callback=register, flags={'allow-oom'}}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from replay_service.chunk import Chunk, EpisodeEnd
+from replay_service.chunk import Chunk, EpisodeEnd, EpisodeSummary
 from replay_service.client import LogEntry
 from replay_service.config import SamplingConfig
 from replay_service.errors import ReplayEmpty
@@ -44,6 +44,28 @@ class EpisodeEvent:
     length: int
     end: EpisodeEnd
     version: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldChunk:
+    """What a mirror remembers of a chunk besides its records.
+
+    Attributes:
+        segment, offset: where its first record is.
+        stream, incarnation, seq, first_step, steps, version_min, version_max, episodes: see
+            `Chunk`.
+    """
+
+    segment: Segment
+    offset: int
+    stream: str
+    incarnation: int
+    seq: int
+    first_step: int
+    steps: int
+    version_min: tuple[int, int]
+    version_max: tuple[int, int]
+    episodes: tuple[EpisodeSummary, ...]
 
 
 class Mirror:
@@ -117,10 +139,12 @@ class Mirror:
         self._sampling = sampling or SamplingConfig()
         self._sampler = Sampler(self._index, self._sampling)
         self._client = client
+        self._queue_bytes = queue_bytes
         self._tail = LogTail(client, schema, queue_bytes=queue_bytes)
         self._collect_online = online
         most = pages * page_steps // window_steps + 1
         self._online: deque[tuple[Segment, int]] = deque(maxlen=most)
+        self._chunks: deque[HeldChunk] = deque()
         self._expected: int | None = None
         self._absorbed = (0, 0)
         self._target = (0, 0)
@@ -206,6 +230,21 @@ class Mirror:
         """Stop following the log; what was absorbed stays readable."""
         self._tail.stop()
 
+    def suspend(self) -> list[EpisodeEvent]:
+        """Stop following, and absorb what was fetched; returns what `absorb` does."""
+        self._tail.stop()
+        return self.absorb()
+
+    def resume(self, after: str, inserted_steps: int) -> None:
+        """Follow again after `suspend`, behind the log entry of an id ("0" for all there are).
+
+        Args:
+            inserted_steps: that led up to it.
+        """
+        self._tail = LogTail(self._client, self.schema, queue_bytes=self._queue_bytes)
+        self._expected = self.inserted_steps = inserted_steps
+        self._tail.start(after)
+
     def wait(self, timeout_s: float) -> bool:
         """Block until there is something to absorb, at most `timeout_s`; say whether."""
         return self._tail.wait(timeout_s)
@@ -224,6 +263,8 @@ class Mirror:
         if arrivals:
             self._index.refresh()
             self._storage.publish_index()
+            while self._chunks and not self._holds(self._chunks[0]):
+                self._chunks.popleft()
         return events
 
     def online_starts(self, count: int) -> np.ndarray:
@@ -254,6 +295,28 @@ class Mirror:
         for segment in self._index.segments():
             first = segment.first_step + segment.dropped_pages * self.page_steps
             yield segment.sid, first, self._index.rows(segment)
+
+    def held_chunks(self) -> list[HeldChunk]:
+        """Return the chunks all of whose records are held, in the order of the log."""
+        return [held for held in self._chunks if self._holds(held)]
+
+    def chunk(self, held: HeldChunk) -> Chunk:
+        """Return a chunk with the records as they are now, stored latents as written back last."""
+        rows = self._index.rows(held.segment, held.offset, held.offset + held.steps)
+        return Chunk(
+            held.stream,
+            held.incarnation,
+            held.seq,
+            held.first_step,
+            {name: column[rows].cpu().numpy() for name, column in self.columns.items()},
+            held.version_min,
+            held.version_max,
+            held.episodes,
+        )
+
+    def newest_chunks(self) -> dict[str, int]:
+        """Return the newest chunk ever placed of every stream, by stream with incarnation."""
+        return self._index.newest_chunks()
 
     def draw(self, seed: int, update: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose the windows of an update: new ones first, the rest as `sampling` has it.
@@ -325,6 +388,10 @@ class Mirror:
             log.warning("mirror_missed steps=%d total=%d", missed, self.missed_steps)
         self.inserted_steps = self._expected = entry.position + entry.steps
 
+    def _holds(self, held: HeldChunk) -> bool:
+        # Records are given up from the oldest on.
+        return self._index.row_of(held.segment, held.offset) >= 0
+
     def _place(self, chunk: Chunk, *, collect: bool) -> None:
         pieces = self._index.place(chunk.sid, chunk.seq, chunk.first_step, chunk.steps)
         done = 0
@@ -334,11 +401,29 @@ class Mirror:
             self._storage.write(row, values)
             done += count
         if pieces:
+            self._note_chunk(chunk)
             flags = (chunk.columns[name] for name in ("is_first", "is_last"))
             self._sampler.follow(self._index.segment(chunk.sid), *flags)
             fresh = self._index.new_windows(chunk.sid)
             if collect:
                 self._online.extend(fresh)
+
+    def _note_chunk(self, chunk: Chunk) -> None:
+        segment = self._index.segment(chunk.sid)
+        self._chunks.append(
+            HeldChunk(
+                segment,
+                segment.length - chunk.steps,
+                chunk.stream,
+                chunk.incarnation,
+                chunk.seq,
+                chunk.first_step,
+                chunk.steps,
+                chunk.version_min,
+                chunk.version_max,
+                chunk.episodes,
+            )
+        )
 
 
 def _random(seed: int, update: int) -> np.random.Generator:

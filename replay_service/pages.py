@@ -106,6 +106,10 @@ class PageIndex:
         """Return the newest chunk of a stream that was placed, 0 for none."""
         return self._last_seq.get(sid, 0)
 
+    def newest_chunks(self) -> dict[str, int]:
+        """Return the newest chunk that was placed of every stream there was."""
+        return dict(self._last_seq)
+
     def place(self, sid: str, seq: int, first_step: int, steps: int) -> list[tuple[int, int]]:
         """Find rows for the next chunk of a stream.
 

@@ -54,11 +54,20 @@ ROLES: dict[RoleName, Role] = {
     ),
     "learner": Role(
         purpose="creates the replay, reads the log, pays for inserts",
-        functions=("create", "fence", "settle", "stats", "evict", "register"),
+        functions=(
+            "create",
+            "fence",
+            "settle",
+            "stats",
+            "evict",
+            "register",
+            "restore",
+            "restored",
+        ),
         commands="ping info time function|list function|load",
         on_keys={
-            "~{rp*}:meta": "hget hmget hgetall hset hexists hincrby",
-            "~{rp*}:seq": "hget hdel",
+            "~{rp*}:meta": "hget hmget hgetall hset hdel hincrby",
+            "~{rp*}:seq": "hget hset hdel",
             "~{rp*}:log": "xread xrange xrevrange xdel",
             "~{rp*}:c:*": "mget del",
             "~{rp*}:wake": "xadd",

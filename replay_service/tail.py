@@ -74,9 +74,10 @@ class LogTail:
         self._thread: threading.Thread | None = None
         self.trouble = ""
 
-    def start(self) -> None:
-        """Start reading from the oldest retained entry."""
+    def start(self, after: str = "0") -> None:
+        """Start reading behind the entry of an id, or from the oldest retained one."""
         assert self._thread is None, "a tail can only be started once"
+        self._cursor = after
         self._thread = threading.Thread(target=self._run, name="replay-tail", daemon=True)
         self._thread.start()
 

@@ -30,6 +30,7 @@ from replay_service.errors import (
     ReplayClosed,
     ReplayError,
     ReplayFull,
+    ReplayMissing,
     ReplaySchemaError,
     ReplayTimeout,
     ReplayUnavailable,
@@ -332,7 +333,8 @@ class Uploader:
         elif reply.code in ("GAP", "DUP"):
             self._recover(parcel, int(reply.values[0]), foreign=reply.code == "DUP")
         elif reply.code == "NONE":
-            raise ReplayUnavailable("no replay has been created on the server yet")
+            why = reply.values[0].decode() if reply.values else ""
+            raise ReplayMissing(why or "no replay has been created on the server yet")
         elif reply.code == "SCHEMA":
             raise self._client.schema_error(self.schema, reply.values[0])
         else:

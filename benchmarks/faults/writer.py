@@ -38,10 +38,18 @@ class Recorder(ReplayClient):
         self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def insert(
-        self, schema: Schema, sid: str, seq: int, steps: int, blob: bytes, *, send: bool = True
+        self,
+        schema: Schema,
+        sid: str,
+        seq: int,
+        steps: int,
+        blob: bytes,
+        *,
+        send: bool = True,
+        token: str | None = None,
     ) -> InsertReply:
         """Insert one chunk and note it if it is safe."""
-        reply = super().insert(schema, sid, seq, steps, blob, send=send)
+        reply = super().insert(schema, sid, seq, steps, blob, send=send, token=token)
         if reply.code in ("OK", "DUP"):
             # One write to a file outlives this process, whatever ends it.
             os.write(self._journal, f"{sid} {seq}\n".encode())

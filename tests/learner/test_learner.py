@@ -1,17 +1,21 @@
 """The learner against a real server, with experience written by the test instead of actors."""
 
+import itertools
 import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import torch
 
+from deploy.launch import resume, take_fence
 from dreamer.agent import Agent, make_agent, record_columns
 from dreamer.presets import agent_config
 from dreamer.spaces import DiscreteAction, ImageSpec, VectorSpec
@@ -31,9 +35,11 @@ from replay_service import (
     ReplayClient,
     ReplayClosed,
     ReplayConfig,
+    Reseeder,
     SamplingConfig,
     Schema,
     Uploader,
+    check_server,
     plan_limits,
 )
 
@@ -106,7 +112,7 @@ def make_stand(
         sent.append(weights.version)
         return True
 
-    fence, recorder = client.acquire_fence(), Recorder(directory)
+    fence, recorder = take_fence(client, directory), Recorder(directory)
     learner = Learner(
         config,
         RunFacts(directory=directory, seed=1, target_steps=target, config_hash="x"),
@@ -119,6 +125,7 @@ def make_stand(
         publisher=Publisher(agent, send, fence=fence, config_hash="x", dtype=torch.bfloat16),
         recorder=recorder,
         fence=fence,
+        reseeder=Reseeder(client, lambda: ReplayClient(url), mirror, limits, fence=fence),
     )
     return Stand(learner, client, mirror, recorder, schema, sent)
 
@@ -265,6 +272,85 @@ def test_a_resumed_run_continues_counters_replay_and_scores(
     assert steps == sorted(steps)
     episodes = len(steps)
     assert abs(episodes - second.learner.env_steps / EPISODE) <= 2
+
+
+@pytest.mark.usefixtures("feed")
+def test_a_run_goes_on_when_its_server_loses_everything(
+    server: EmbeddedServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stand = make_stand(server.url, tmp_path, target=700)
+    ended = list[str]()
+    thread = threading.Thread(target=lambda: ended.append(stand.learner.run()))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while stand.learner.updates < 20:
+            assert time.monotonic() < deadline and thread.is_alive()
+            time.sleep(0.05)
+        with redis.Redis.from_url(server.url) as admin:
+            admin.flushall()
+        thread.join(90)
+        assert ended == ["finished"]
+        learner = stand.learner
+        assert 700 <= learner.env_steps < 700 + REPLAY.chunk_steps
+        # What was inserted before the loss and what was replayed for it both still count.
+        owed = learner.limiter.drift(learner.env_steps, learner.updates)
+        assert -learner.limiter.tol_s <= owed < learner.limiter.batch_steps
+        stats = stand.client.stats()
+        assert stats.size_steps == stats.inserted_steps == stand.mirror.size_steps
+        assert check_server(stand.client, account=learner.limiter).ok
+        scores = read_rows(tmp_path / "scores.jsonl")
+        assert len(scores) == learner.env_steps // EPISODE
+        said = [r.message for r in caplog.records if r.message.startswith("replay_lost")]
+        assert len(said) == 1 and learner.reseeder is not None and learner.reseeder.losses == 1
+    finally:
+        stand.learner.stop.set()
+        thread.join(20)
+        stand.close()
+
+
+def test_a_learner_that_finds_an_empty_server_counts_on(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    first = make_stand(server.url, tmp_path, target=200)
+    with writing(first, 208):
+        first.learner.run()
+    first.close()
+    with redis.Redis.from_url(server.url) as admin:
+        admin.flushall()
+    second = make_stand(server.url, tmp_path, target=400)
+    try:
+        # Its checkpoints and weights must count as newer than those of the lost lineage.
+        assert second.learner.fence > first.learner.fence
+        resume(second.learner, tmp_path)
+        assert second.learner.env_steps == first.learner.env_steps == 208
+        with writing(second, 192):
+            assert second.learner.run() == "finished"
+        assert second.learner.env_steps == 400 and second.mirror.size_steps == 192
+        # It need not make up for updates that were paid with the steps that are gone.
+        assert second.learner.updates > first.learner.updates
+        report = check_server(second.client, account=second.learner.limiter)
+        assert report.ok and list(report.streams) != ["actor-0@1"], report.violations
+        newest = load_newest(tmp_path / "checkpoints")
+        assert newest is not None and newest.manifest["fence"] == second.learner.fence
+    finally:
+        second.close()
+
+
+@contextmanager
+def writing(stand: Stand, steps: int) -> Iterator[None]:
+    """Insert so many steps as an actor would, while the block runs."""
+
+    def write() -> None:
+        with Uploader(stand.client, stand.schema, REPLAY) as uploader:
+            writer = uploader.open_stream("actor-0")
+            for record in itertools.islice(records(stand.schema), steps):
+                writer.append(record)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield
+    thread.join(20)
 
 
 @pytest.mark.usefixtures("feed")
