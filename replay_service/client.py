@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 LIBRARY = "dreamfleet_replay"
 MIN_VERSION = (7, 0)
 PAYLOAD_TTL_S = 600
+INLINE_BYTES = 16 * 1024
+"""Chunks up to this size travel inside the call that commits them; larger ones are sent before,
+because a function copies its arguments."""
 _QUARANTINE_ENTRIES = 100
 _QUARANTINE_BYTES = 1024
 
@@ -279,15 +282,21 @@ class ReplayClient:
             ReplayFull: if the server is out of memory. Others as in `check`.
         """
         key = self.payload_key(sid, seq)
-        pipe = self._redis.pipeline(transaction=False)
-        if send:
-            # An existing payload is either this one or committed: neither may be replaced.
-            pipe.set(key, blob, ex=PAYLOAD_TTL_S, nx=True)
         keys = (self._meta, self._log, self._seq, key)
-        arguments = [schema.hash.hex(), sid, str(seq), str(steps), str(len(blob))]
-        if token:
-            arguments.append(token)
-        pipe.fcall("replay_insert", len(keys), *keys, *arguments)
+        arguments: list[str | bytes] = [schema.hash.hex(), sid, str(seq), str(steps)]
+        arguments += [str(len(blob)), token or ""]
+        if not send or len(blob) <= INLINE_BYTES:
+            reply = self._fcall("replay_insert", [*keys], *arguments, *([blob] if send else []))
+        else:
+            reply = self._send_and_insert(key, blob, [len(keys), *keys, *arguments])
+        code, *values = reply
+        return InsertReply(code.decode(), tuple(values))
+
+    def _send_and_insert(self, key: str, blob: bytes, words: list[Any]) -> Any:
+        pipe = self._redis.pipeline(transaction=False)
+        # An existing payload is either this one or committed: neither may be replaced.
+        pipe.set(key, blob, ex=PAYLOAD_TTL_S, nx=True)
+        pipe.fcall("replay_insert", *words)
         try:
             results = pipe.execute(raise_on_error=False)
         except redis.exceptions.RedisError as error:
@@ -295,8 +304,7 @@ class ReplayClient:
         for result in results:
             if isinstance(result, redis.exceptions.RedisError):
                 raise translate(result, self.address, "replay_insert") from result
-        code, *values = results[-1]
-        return InsertReply(code.decode(), tuple(values))
+        return results[-1]
 
     def restore(
         self,
@@ -492,7 +500,7 @@ class ReplayClient:
         if self.library() != "same":
             self._command("FUNCTION", "LOAD", "REPLACE", _library_code())
 
-    def _fcall(self, name: str, keys: list[str], *arguments: int | str) -> Any:
+    def _fcall(self, name: str, keys: list[str], *arguments: int | str | bytes) -> Any:
         return self._command("FCALL", name, len(keys), *keys, *arguments)
 
     def _command(self, *words: Any) -> Any:

@@ -39,12 +39,6 @@ local function ensure_epoch(meta)
   return booted[meta]
 end
 
-local function fields(entry)
-  local result = {}
-  for i = 1, #entry, 2 do result[entry[i]] = entry[i + 1] end
-  return result
-end
-
 -- Forget a closed stream together with its last chunk, else the hash would grow for ever.
 local function forget_closed(seqs, sid, seq)
   if redis.call('HGET', seqs, sid) == seq .. 'c' then redis.call('HDEL', seqs, sid) end
@@ -52,23 +46,27 @@ end
 
 -- Drop whole chunks from the old end of a log of `size` steps and `held` bytes until `steps` and
 -- `bytes` fit. At most `most` chunks, or as many as free `least` steps, so that lowering a limit
--- never stalls the server. Returns what was freed: chunks, steps, bytes. Counters are the caller's.
-local function evict(log, seqs, size, held, steps, bytes, least, most)
+-- never stalls the server. `open` is a stream that has more chunks and is not closed.
+-- Returns what was freed: chunks, steps, bytes, and the ids of the entries, which the caller deletes
+-- and counts.
+local function evict(log, seqs, size, held, steps, bytes, least, most, open)
   local chunks, freed, freed_bytes = 0, 0, 0
+  local from, ids = '-', {}
   while (size - freed > steps or held - freed_bytes > bytes)
       and (chunks < most or freed < least) do
-    local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
+    local oldest = redis.call('XRANGE', log, from, '+', 'COUNT', 1)[1]
     if not oldest then break end
-    local entry = fields(oldest[2])
+    local entry = oldest[2] -- k n b s q g, each before its value, as insert writes them
     -- Freeing one string is immediate; a background thread would only cost locality.
-    redis.call('DEL', entry.k)
-    redis.call('XDEL', log, oldest[1])
-    forget_closed(seqs, entry.s, entry.q)
+    redis.call('DEL', entry[2])
+    if entry[8] ~= open then forget_closed(seqs, entry[8], entry[10]) end
+    from = '(' .. oldest[1]
     chunks = chunks + 1
-    freed = freed + int(entry.n)
-    freed_bytes = freed_bytes + int(entry.b)
+    ids[chunks] = oldest[1]
+    freed = freed + int(entry[4])
+    freed_bytes = freed_bytes + int(entry[6])
   end
-  return chunks, freed, freed_bytes
+  return chunks, freed, freed_bytes, ids
 end
 
 -- A stream begins: nobody else may get its incarnation, also if a power cut took from the log that
@@ -110,12 +108,30 @@ local function create(keys, args)
 end
 
 -- Count an answer that inserted nothing, for whoever watches.
-local function refused(meta, field, known)
-  redis.call('HSET', meta, field, whole(int(known) + 1))
+local function refused(meta, field)
+  redis.call('HSET', meta, field, whole(int(redis.call('HGET', meta, field)) + 1))
 end
 
--- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes, and the
--- token of a learner that puts back what was lost: while it does, only it may insert.
+-- Keep the payload of a chunk, which came with the call or was sent before. Says whether it is there.
+local function keep(payload, bytes, blob)
+  if blob then
+    if #blob ~= bytes then return false end
+    redis.call('SET', payload, blob)
+    return true
+  end
+  local stored = redis.call('STRLEN', payload)
+  if stored == bytes then
+    redis.call('PERSIST', payload)
+    return true
+  end
+  -- Left behind by another writer that never committed it; the caller sends its own.
+  if stored > 0 then redis.call('DEL', payload) end
+  return false
+end
+
+-- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes, the token
+-- of a learner that puts back what was lost (while it does, only it may insert) or "", and the
+-- payload, unless it was sent before: through a function only small ones are quick.
 -- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted wake | SCHEMA text | TOOBIG
 -- steps bytes | NOPAYLOAD | FENCED (that token counts no more) | NONE (no replay has been created)
 -- | NONE reason. The wake of a WAIT is the id after which the next settlement appears.
@@ -124,11 +140,11 @@ local function insert(keys, args)
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
   local m = redis.call('HMGET', meta, 'schema', 'max_steps', 'max_bytes', 'cap_steps',
     'cap_bytes', 'min_size', 'budget', 'inserted', 'size', 'bytes', 'chunks', 'evicted',
-    'committed', 'wake', 'inserted_bytes', 'dups', 'gaps', 'waits', 'restoring')
+    'committed', 'wake', 'inserted_bytes', 'restoring')
   if not m[1] then return {'NONE'} end
   if m[1] ~= args[1] then return {'SCHEMA', redis.call('HGET', meta, 'schema_text')} end
-  local restoring = args[6]
-  if (m[19] or nil) ~= restoring then
+  local restoring = args[6] ~= '' and args[6]
+  if m[16] ~= restoring then
     if restoring then return {'FENCED'} end
     return {'NONE', 'the learner is putting back what the server has lost'}
   end
@@ -136,11 +152,11 @@ local function insert(keys, args)
   local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '(%d+)(c?)')
   last = int(last)
   if seq <= last then
-    refused(meta, 'dups', m[16])
+    refused(meta, 'dups')
     return {'DUP', last}
   end
   if seq ~= last + 1 then
-    refused(meta, 'gaps', m[17])
+    refused(meta, 'gaps')
     return {'GAP', last}
   end
 
@@ -153,24 +169,26 @@ local function insert(keys, args)
   end
   local budget, inserted, size, held = int(m[7]), int(m[8]), int(m[9]), int(m[10])
   if not restoring and size >= int(m[6]) and inserted + steps > budget then
-    refused(meta, 'waits', m[18])
+    refused(meta, 'waits')
     return {'WAIT', budget, inserted, m[14] or '0-0'}
   end
-  local stored = redis.call('STRLEN', payload)
-  if stored ~= bytes then
-    -- Left behind by another writer that never committed it; the caller sends its own.
-    if stored > 0 then redis.call('DEL', payload) end
-    return {'NOPAYLOAD'}
-  end
+  if not keep(payload, bytes, args[7]) then return {'NOPAYLOAD'} end
 
   local epoch = ensure_epoch(meta)
-  local gone, freed, freed_bytes = evict(log, seqs, size, held, cap_steps - steps,
-    cap_bytes - bytes, steps, EVICT_CHUNKS)
+  local gone, freed, freed_bytes, ids = evict(log, seqs, size, held, cap_steps - steps,
+    cap_bytes - bytes, steps, EVICT_CHUNKS, closed == '' and sid)
   if last == 0 then claim(meta, sid) end
-  redis.call('PERSIST', payload)
   local number = int(m[13]) + 1
-  redis.call('XADD', log, epoch .. '-' .. whole(number), 'k', payload, 'n', whole(steps),
-    'b', whole(bytes), 's', sid, 'q', whole(seq), 'g', whole(inserted))
+  local id = epoch .. '-' .. whole(number)
+  if gone > 0 then
+    -- No id lies between this one and the next entry's, so that exactly what was evicted goes.
+    local before, at = string.match(ids[gone], '(%d+)-(%d+)')
+    redis.call('XADD', log, 'MINID', '=', before .. '-' .. whole(at + 1), id, 'k', payload,
+      'n', args[4], 'b', args[5], 's', sid, 'q', args[3], 'g', whole(inserted))
+  else
+    redis.call('XADD', log, id, 'k', payload, 'n', args[4], 'b', args[5], 's', sid, 'q', args[3],
+      'g', whole(inserted))
+  end
   -- A writer that was replaced may still come; its stream stays one that is to be forgotten.
   redis.call('HSET', seqs, sid, whole(seq) .. closed)
   redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),
@@ -299,9 +317,10 @@ end
 local function shrink(keys, args)
   local meta = keys[1]
   local m = redis.call('HMGET', meta, 'size', 'bytes')
-  local chunks, freed, freed_bytes = evict(keys[2], keys[3], int(m[1]), int(m[2]), int(args[1]),
-    int(args[2]), 0, int(args[3]))
+  local chunks, freed, freed_bytes, ids = evict(keys[2], keys[3], int(m[1]), int(m[2]),
+    int(args[1]), int(args[2]), 0, int(args[3]))
   if chunks > 0 then
+    for _, id in ipairs(ids) do redis.call('XDEL', keys[2], id) end
     redis.call('HINCRBY', meta, 'size', whole(-freed))
     redis.call('HINCRBY', meta, 'bytes', whole(-freed_bytes))
     redis.call('HINCRBY', meta, 'chunks', whole(-chunks))

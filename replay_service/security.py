@@ -47,7 +47,7 @@ ROLES: dict[RoleName, Role] = {
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset",
             "~{rp*}:seq": "hget hset hdel",
-            "~{rp*}:log": "xadd xrange xdel",
+            "~{rp*}:log": "xadd xrange",
             "%W~{rp*}:c:*": "set strlen exists persist del",
             "%R~{rp*}:wake": "xread",
         },

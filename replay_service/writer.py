@@ -24,7 +24,7 @@ from replay_service.chunk import (
     encode_chunk,
     stream_id,
 )
-from replay_service.client import ReplayClient
+from replay_service.client import INLINE_BYTES, ReplayClient
 from replay_service.config import ReplayConfig
 from replay_service.errors import (
     ReplayClosed,
@@ -326,7 +326,7 @@ class Uploader:
         if reply.code == "OK" or (reply.code == "DUP" and not first_try):
             self._acknowledge(parcel)
         elif reply.code == "WAIT":
-            parcel.payload_there = True
+            parcel.payload_there = len(parcel.blob) > INLINE_BYTES
             self._await_settlement(*reply.values)
         elif reply.code == "NOPAYLOAD":
             parcel.payload_there = False

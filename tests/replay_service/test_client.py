@@ -27,6 +27,7 @@ from replay_service import (
     Schema,
     encode_chunk,
 )
+from replay_service.client import INLINE_BYTES
 from tests.replay_service.records import (
     SCHEMA,
     UNBOUNDED,
@@ -87,8 +88,26 @@ def test_foreign_orphan_under_the_same_key_is_replaced(
     client.create(SCHEMA, UNBOUNDED)
     with redis.Redis.from_url(server.url) as admin:
         admin.set(client.payload_key("s0@1", 1), b"left behind", ex=600)
-    assert insert(client, chunk(0, 1)) == "NOPAYLOAD"
-    assert insert(client, chunk(0, 1)) == "OK"
+        # One that travels inside the call takes its place.
+        assert insert(client, chunk(0, 1)) == "OK"
+        admin.set(client.payload_key("s0@1", 2), b"left behind", ex=600)
+        # One that was sent before does not, and has to be sent again.
+        assert client.insert(SCHEMA, "s0@1", 2, 8, b"x", send=False).code == "NOPAYLOAD"
+        assert not admin.exists(client.payload_key("s0@1", 2))
+        large = encode_chunk(chunk(0, 2, steps=400), SCHEMA, "raw")
+        assert len(large) > INLINE_BYTES
+        admin.set(client.payload_key("s0@1", 2), b"left behind", ex=600)
+        assert client.insert(SCHEMA, "s0@1", 2, 400, large).code == "NOPAYLOAD"
+        assert client.insert(SCHEMA, "s0@1", 2, 400, large).code == "OK"
+        assert admin.ttl(client.payload_key("s0@1", 2)) == -1
+
+
+def test_a_payload_of_another_length_than_announced_is_not_kept(client: ReplayClient) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    keys = ["{rp0}:meta", "{rp0}:log", "{rp0}:seq", client.payload_key("s0@1", 1)]
+    words = (SCHEMA.hash.hex(), "s0@1", "1", "8", "99", "", b"short")
+    assert client._fcall("replay_insert", keys, *words) == [b"NOPAYLOAD"]
+    assert client.stats().committed_chunks == 0 and client.fetch([keys[-1]]) == [None]
 
 
 def test_committed_payload_never_expires_even_after_a_resend(

@@ -24,6 +24,7 @@ from replay_service import (
     ReplayConfig,
     ReplayConfigError,
     ReplayTimeout,
+    Reseeder,
     Uploader,
     encode_chunk,
 )
@@ -112,6 +113,29 @@ def test_actor_and_learner_do_their_whole_work_with_their_own_rights(
     assert learner.last_log_id() == entries[-1].entry_id
     learner.quarantine(entries[0], b"torn", "a test")
     assert learner.evict(16, 2**24) == 48 and learner.stats().size_steps == 16
+
+
+def test_what_was_lost_is_put_back_with_the_rights_of_learner_and_actor(
+    as_role: Callable[[RoleName], ReplayClient],
+) -> None:
+    learner, actor, admin = as_role("learner"), as_role("actor"), as_role("admin")
+    learner.create(SCHEMA, LIMITS)
+    assert actor.open_stream("s0") == 1
+    insert_many(actor, 0, 3)
+    mirror = Mirror(learner, SCHEMA, capacity_steps=640, window_steps=4, placement="ram")
+    mirror.start()
+    while mirror.inserted_steps < 24:
+        assert mirror.wait(5.0)
+        mirror.absorb()
+    writer = as_role("actor")
+    reseeder = Reseeder(learner, lambda: writer, mirror, LIMITS, fence=learner.acquire_fence())
+    admin._command("FLUSHALL")
+    assert reseeder.run(8, 10_000) == []
+    mirror.stop()
+    stats = learner.stats()
+    assert (stats.inserted_steps, stats.size_steps, stats.replayed_steps) == (24, 24, 8)
+    insert_many(actor, 0, 1, start=4)
+    assert actor.open_stream("s0") > 2
 
 
 def test_mirror_and_uploader_work_with_their_own_rights(
