@@ -415,6 +415,7 @@ class ActorProcess:
             values["insert_wait_seconds"] = self._uploader.waited()[0]
             values["resend_chunks"] = upload.resent_chunks
             values["pending_chunks"] = upload.pending_chunks
+            values["resend_memory_share"] = upload.resend_bytes / self._uploader.config.resend_bytes
             values["insert_replies"] = dict(upload.replies)
             values["blocked"] = float(bool(self._uploader.blocked_reason))
         if self._refresher is not None:

@@ -23,6 +23,7 @@ _COUNTERS = {
 }
 _GAUGES = {
     "pending_chunks": "Chunks waiting for their acknowledgement.",
+    "resend_memory_share": "Share of the memory for resend rings that is used, 0 to 1.",
     "blocked": "1 while inserts wait for training or for the server, else 0.",
     "last_step_timestamp_seconds": "Unix time of the last completed step.",
     "weights_fence": "Lineage of the policy's weights.",

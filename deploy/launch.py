@@ -171,7 +171,7 @@ def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str,
 
     from replay_service.memory import available_ram_bytes
 
-    plan = estimate_memory(schema, config.replay, streams=streams)
+    plan = estimate_memory(schema, config.replay, streams=streams, writers=config.actors)
     free = {"ram": available_ram_bytes(), "disk": shutil.disk_usage(run).free, "cuda": 0}
     if device.startswith("cuda"):
         free["cuda"] = torch.cuda.mem_get_info(device)[0]

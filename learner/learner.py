@@ -114,6 +114,11 @@ class Learner:
             "raise --replay.redis-memory-bytes (or the server's maxmemory), or lower "
             "--replay.capacity-steps; at 100 % actors wait, nothing is lost",
         )
+        self._mirror_memory = ByteBudget(
+            f"mirror in {mirror.placement}",
+            "it takes its place as it fills, and others may have taken some meanwhile: lower "
+            "--replay.capacity-steps, or set --replay.placement to disk",
+        )
         self.checkpoint_failures = 0
         self.skipped_updates = 0
         if facts.lockstep:
@@ -453,6 +458,7 @@ class Learner:
             "replay_drift_steps": drift,
             "replay_budget_steps": self._budget(),
             "replay_memory_share": self._memory_share(),
+            "mirror_memory_share": self._mirror_memory.watch(*mirror.memory()),
             "mirror_queue_share": mirror.queue_share,
             "updates_waiting_seconds": self._updates_wait()[1],
             "inserts_waiting_seconds": self._inserts_wait()[1],

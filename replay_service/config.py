@@ -89,6 +89,8 @@ class ReplayConfig:
     """Memory limit of the Redis-protocol server; the log uses at most three quarters of it."""
     resend_chunks: int = 32
     """Acknowledged chunks that a writer keeps per stream in case the server forgets them."""
+    resend_bytes: int = 256 * 2**20
+    """Bytes of them that one actor process keeps over all its streams; the oldest go first."""
     pending_chunks: int = 2
     """Unacknowledged chunks per stream at which a writer waits."""
     placement: Literal["auto", "cuda", "ram", "disk"] = "auto"
@@ -126,6 +128,7 @@ class ReplayConfig:
         _require_range("min_size_steps", self.min_size_steps, 1, self.capacity_steps)
         _require_range("redis_memory_bytes", self.redis_memory_bytes, 2**20, 2**50)
         _require_range("resend_chunks", self.resend_chunks, 1, 100_000)
+        _require_range("resend_bytes", self.resend_bytes, 1, 2**50)
         _require_range("pending_chunks", self.pending_chunks, 1, 100_000)
         if not self.flush_age_s > 0:
             raise ReplayConfigError(f"flush_age_s is {self.flush_age_s}, expected a time above 0")

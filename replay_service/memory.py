@@ -11,9 +11,11 @@ from replay_service.config import ReplayConfig
 from replay_service.errors import ReplayConfigError
 from replay_service.pages import page_count
 from replay_service.schema import Schema
+from replay_service.sumtree import tree_bytes
 
 _MIB = 1024**2
 _CHUNK_OVERHEAD_BYTES = 1536
+_NOTE_BYTES = 512
 QUEUE_BYTES = 64 * _MIB
 """Decoded chunks that may wait for the learner."""
 
@@ -32,6 +34,8 @@ class MemoryPlan:
     """Decoded chunks on their way into it (always RAM)."""
     resend_bytes: int
     """Resend rings and chunks being filled, over all streams."""
+    sampling_bytes: int
+    """Sums by priority and within episodes, and what is noted of each chunk (always RAM)."""
     retained_steps: int
     """Steps that the server can hold if nothing compresses; bounds what a restart brings back."""
     notes: tuple[str, ...] = ()
@@ -51,6 +55,7 @@ class MemoryPlan:
             "server": self.redis_bytes,
             "queue": self.queue_bytes,
             "writers": self.resend_bytes,
+            "sampling": self.sampling_bytes,
         }
         if placement == "ram":
             parts["mirror"] = self.mirror_bytes
@@ -73,17 +78,20 @@ class MemoryPlan:
         """Return the plan in one line."""
         return (
             f"server {_mib(self.redis_bytes)}, mirror {_mib(self.mirror_bytes)}, queue "
-            f"{_mib(self.queue_bytes)}, writers {_mib(self.resend_bytes)} "
-            f"({self.step_bytes} bytes a step)"
+            f"{_mib(self.queue_bytes)}, writers {_mib(self.resend_bytes)}, "
+            f"sampling {_mib(self.sampling_bytes)} ({self.step_bytes} bytes a step)"
         )
 
 
-def estimate_memory(schema: Schema, config: ReplayConfig, *, streams: int) -> MemoryPlan:
-    """Estimate the memory of server, mirror and writers.
+def estimate_memory(
+    schema: Schema, config: ReplayConfig, *, streams: int, writers: int = 1
+) -> MemoryPlan:
+    """Estimate the memory of server, mirror, sampling and writers.
 
     Args:
         schema, config: the replay.
         streams: environments that write at the same time.
+        writers: processes that they are spread over.
     """
     chunk_bytes = max_blob_bytes(schema, config.chunk_steps) + _CHUNK_OVERHEAD_BYTES
     chunks = -(-config.capacity_steps // config.chunk_steps)
@@ -95,13 +103,15 @@ def estimate_memory(schema: Schema, config: ReplayConfig, *, streams: int) -> Me
             "steps; a restarted learner then starts with those only"
         )
     rows = page_count(config.capacity_steps, config.page_steps) * config.page_steps
-    per_stream = config.resend_chunks + 2 * config.pending_chunks + 1
+    rings = min(streams * config.resend_chunks * chunk_bytes, writers * config.resend_bytes)
+    trees = (config.sampling.windows == "episodes") + (config.sampling.prioritised > 0)
     return MemoryPlan(
         step_bytes=schema.step_bytes,
         redis_bytes=min(config.redis_memory_bytes, chunks * chunk_bytes * 4 // 3),
         mirror_bytes=rows * schema.step_bytes,
         queue_bytes=QUEUE_BYTES,
-        resend_bytes=streams * per_stream * chunk_bytes,
+        resend_bytes=rings + streams * (2 * config.pending_chunks + 1) * chunk_bytes,
+        sampling_bytes=trees * tree_bytes(rows) + chunks * _NOTE_BYTES,
         retained_steps=retained,
         notes=tuple(notes),
     )

@@ -199,6 +199,11 @@ class Mirror:
         """Share of the memory for fetched chunks that is taken, 0 to 1."""
         return self._tail.queued_share
 
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes of the full mirror, and how many there is room for where it is."""
+        pages = min(self._index.generation, len(self._index.next_page))
+        return self._storage.memory(pages * self.page_steps)
+
     @property
     def trouble(self) -> str:
         """Why the log cannot be read now; empty while it can."""

@@ -173,6 +173,18 @@ class DeviceStorage:
                 source = torch.from_numpy(value if value.flags.writeable else value.copy())
                 self.columns[name][row : row + len(value)].copy_(source)
 
+    def memory(self, touched_rows: int) -> tuple[int, int]:
+        """Return the bytes that all rows take, and how many there would be room for.
+
+        Args:
+            touched_rows: that were ever written: RAM and disk are only taken then.
+        """
+        row_bytes = sum(c.element_size() * c[:1].numel() for c in self.columns.values())
+        whole = row_bytes * len(next(iter(self.columns.values())))
+        lazy = self.placement == "disk" or (self.placement == "ram" and not self._pinned)
+        taken = row_bytes * touched_rows if lazy else whole
+        return whole, taken + _free_bytes(self.device, self._directory)[self.placement]
+
     def publish_index(self) -> None:
         """Make the host's page arrays visible on the device, in place."""
         if not self._on_host:

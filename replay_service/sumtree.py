@@ -7,6 +7,15 @@ import numpy as np
 _REBUILD_SHARE = 8
 
 
+def tree_bytes(rows: int) -> int:
+    """Return the memory of a tree over so many rows."""
+    return 16 * _leaves(rows)
+
+
+def _leaves(rows: int) -> int:
+    return 1 << max(1, (rows - 1).bit_length())
+
+
 class SumTree:
     """A binary tree whose nodes are the sums of their two children, over the weights of all rows.
 
@@ -22,7 +31,7 @@ class SumTree:
     """
 
     def __init__(self, rows: int) -> None:
-        self._first = 1 << max(1, (rows - 1).bit_length())
+        self._first = _leaves(rows)
         self._nodes = np.zeros(2 * self._first)
         self._stale: list[np.ndarray] = []
         self.weights = self._nodes[self._first : self._first + rows]

@@ -35,6 +35,7 @@ from replay_service.errors import (
     ReplayTimeout,
     ReplayUnavailable,
 )
+from replay_service.rings import ResendRings, Sent
 from replay_service.schema import Schema
 from replay_service.waits import WaitClock
 
@@ -64,27 +65,21 @@ class UploadStats:
     """Chunks that the server lost after they had left the resend ring."""
     renewed_streams: int = 0
     """Streams that had to continue under a new incarnation."""
+    resend_bytes: int = 0
+    """Size of the acknowledged chunks that are kept, over all resend rings."""
     pending_chunks: int = 0
     """Chunks waiting for their acknowledgement now."""
     blocked_s: float = 0.0
     """Seconds that writers have spent waiting, up to the end of the last wait."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Stream:
     name: str
     incarnation: int
     seq: int = 0
     steps: int = 0
     pending: int = 0
-    ring: deque[_Sent] = field(default_factory=deque)
-
-
-@dataclass(frozen=True)
-class _Sent:
-    seq: int
-    steps: int
-    blob: bytes
 
 
 @dataclass
@@ -130,6 +125,7 @@ class Uploader:
         self._reason = ""
         self._reason_since = 0.0
         self._waits = WaitClock()
+        self._rings = ResendRings(config.resend_chunks, config.resend_bytes)
         self._delay_s = _FIRST_DELAY_S
         self._thread = threading.Thread(target=self._run, name="replay-uploader", daemon=True)
         self._thread.start()
@@ -309,6 +305,8 @@ class Uploader:
         stream = parcel.stream
         if parcel.chunk is None:
             self._client.close_stream(stream_id(stream.name, stream.incarnation), parcel.seq)
+            self._rings.drop(stream)
+            self.stats.resend_bytes = self._rings.size_bytes
             self._done(parcel)
             return
         if parcel.blob is None:
@@ -348,10 +346,8 @@ class Uploader:
         chunk, blob = parcel.chunk, parcel.blob
         assert chunk is not None and blob is not None
         with self._changed:
-            ring = parcel.stream.ring
-            ring.append(_Sent(parcel.seq, chunk.steps, blob))
-            while len(ring) > self.config.resend_chunks:
-                ring.popleft()
+            self._rings.add(parcel.stream, Sent(parcel.seq, chunk.steps, blob))
+            self.stats.resend_bytes = self._rings.size_bytes
             if not parcel.resent:
                 self.stats.chunks += 1
                 self.stats.steps += chunk.steps
@@ -372,7 +368,7 @@ class Uploader:
     def _recover(self, parcel: _Parcel, last: int, *, foreign: bool) -> None:
         """Bring a stream whose sequence differs from the server's back in step."""
         stream = parcel.stream
-        kept = [] if foreign else [sent for sent in stream.ring if sent.seq > last]
+        kept = [] if foreign else self._rings.after(stream, last)
         reach = kept[0].seq if kept else parcel.seq
         log.warning(
             "stream_out_of_step stream=%s server_last=%d sending=%d ring_from=%d foreign=%s",
@@ -397,7 +393,7 @@ class Uploader:
         if foreign or reach > last + 1:
             fresh = self._client.open_stream(stream.name, stream.incarnation + 1)
         with self._changed:
-            stream.ring = deque(sent for sent in stream.ring if sent.seq <= last and not foreign)
+            self._rings.drop(stream, 0 if foreign else last)
             self.stats.resent_chunks += len(again)
             self._queue.extendleft(reversed(again))
             if fresh is not None:
@@ -408,7 +404,7 @@ class Uploader:
     def _renumber(self, stream: _Stream, incarnation: int) -> None:
         """Give all queued chunks of a stream a new incarnation and numbers from 1."""
         stream.incarnation, stream.seq = incarnation, 0
-        stream.ring.clear()
+        self._rings.drop(stream)
         for parcel in self._queue:
             if parcel.stream is not stream:
                 continue

@@ -79,6 +79,17 @@ def assert_whole(batch: dict[str, torch.Tensor]) -> None:
     assert (batch["is_first"] == (batch["step"] % 10 == 0)).all()
 
 
+@pytest.mark.parametrize("placement", ["ram", "disk"])
+def test_memory_of_the_mirror_is_known(
+    client: ReplayClient, tmp_path: Path, placement: str
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    with following(client, placement=placement, directory=tmp_path) as mirror:
+        whole, room = mirror.memory()
+        assert whole == sum(column.nbytes for column in mirror.columns.values())
+        assert room > whole, "it would not have been placed here"
+
+
 def test_mirror_holds_exactly_what_was_inserted(client: ReplayClient) -> None:
     client.create(SCHEMA, UNBOUNDED)
     with following(client) as mirror:

@@ -286,6 +286,29 @@ def test_acknowledged_chunks_that_the_server_lost_are_sent_again(
     server.stop()
 
 
+def test_resend_rings_keep_to_their_bytes_and_say_so(
+    client: ReplayClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    with Uploader(client, SCHEMA, replace(CONFIG, codec="raw")) as plenty:
+        write(plenty.open_stream("s0"), 0, 0, 320)
+        assert plenty.drain(10)
+        whole = plenty.stats.resend_bytes
+    assert whole > 32 * 8 * SCHEMA.step_bytes and "resend rings" not in caplog.text
+    with Uploader(client, SCHEMA, replace(CONFIG, codec="raw", resend_bytes=whole // 2)) as few:
+        writers = [few.open_stream(f"s{slot}") for slot in (1, 2)]
+        for slot, writer in enumerate(writers, 1):
+            write(writer, slot, 0, 320)
+        assert few.drain(10)
+        assert whole // 2 * 0.9 < few.stats.resend_bytes <= whole // 2
+        said = [r for r in caplog.records if "resend rings" in r.getMessage()]
+        assert [r.levelname for r in said] == ["WARNING", "ERROR"]
+        assert "raise --replay.resend-bytes" in caplog.text
+        for writer in writers:
+            writer.close()
+        assert few.drain(10) and few.stats.resend_bytes == 0
+
+
 def test_writer_survives_a_restart_of_the_server(tmp_path: Path) -> None:
     server = EmbeddedServer(tmp_path, max_memory_bytes=2**26)
     server.start()
