@@ -7,7 +7,7 @@ from typing import Literal
 
 from actors.envs.config import EnvConfig
 
-__all__ = ["ActorConfig", "EnvConfig", "EvalConfig"]
+__all__ = ["ActorConfig", "EnvConfig", "EvalConfig", "FleetConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +65,24 @@ class EvalConfig:
             raise ValueError(f"--eval.episodes must be at least 1, got {self.episodes}")
         if not self.every_s >= 0:
             raise ValueError(f"--eval.every-s must be at least 0, got {self.every_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """What becomes of the actors on a Ray cluster when their learner is away.
+
+    They go on until the train ratio admits no more, and then wait; the next learner of the same run
+    directory takes them over. With a private Ray, or in lockstep, they end with their learner.
+    """
+
+    keep: bool = False
+    """Leave the actors running for the next learner when a signal stops this one, and not only when
+    it dies. `dreamfleet stop RUN_DIR` ends them."""
+    orphan_after_s: float = 1800.0
+    """Seconds without a learner after which actors and hub end by themselves."""
+
+    def __post_init__(self) -> None:
+        if not self.orphan_after_s > 0:
+            raise ValueError(
+                f"--fleet.orphan-after-s must be above 0 seconds, got {self.orphan_after_s}"
+            )

@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.actor import ActorProcess, ActorSpec
 from actors.evaluator import Evaluator
+from actors.roster import Roster
 from actors.weights import WeightSource
 from dreamer.weights import Version
 
@@ -97,6 +98,8 @@ class Fleet:
         3. After `scale` actors join, or the last ones leave: they stop stepping, deliver what they
            hold and end, while the others go on.
         4. After `stop` none of its actors runs.
+        5. With a roster actors outlive the process that supervises them, and its successor takes
+           over those that live.
 
     Args:
         spec: what every actor does; its slot and life are filled in here.
@@ -104,6 +107,7 @@ class Fleet:
         actors: how many.
         supervision: limits and intervals.
         on_failure: called once, from the supervising thread, with the message of the failure.
+        roster: names for the actors; without one they end with this process.
     """
 
     def __init__(
@@ -114,7 +118,9 @@ class Fleet:
         actors: int,
         supervision: Supervision | None = None,
         on_failure: Callable[[str], None] | None = None,
+        roster: Roster | None = None,
     ) -> None:
+        self._roster = roster
         self._spec, self._source, self._on_failure = spec, source, on_failure
         self._limits = supervision or Supervision()
         self._slots = [_Slot(number) for number in range(actors)]
@@ -125,14 +131,39 @@ class Fleet:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
+    @property
+    def desired(self) -> int:
+        """How many actors there should be."""
+        return len(self._slots)
+
+    @property
+    def failure(self) -> str:
+        """Why the fleet has failed; empty as long as it has not."""
+        return self._failure
+
     def start(self) -> None:
-        """Start all actors. Returns at once; they report through `stats`."""
+        """Start all actors. Returns at once; they report through `stats`.
+
+        With a roster, those that live are taken over, and tell how many there should be.
+        """
         assert self._thread is None, "a fleet starts once"
         with self._lock:
+            self._adopt()
             for slot in self._slots:
-                self._launch(slot)
+                if slot.handle is None:
+                    self._launch(slot)
         self._thread = threading.Thread(target=self._supervise, name="fleet", daemon=True)
         self._thread.start()
+
+    def _adopt(self) -> None:
+        living = self._roster.living() if self._roster is not None else {}
+        if living:
+            self._slots = [_Slot(number) for number in range(max(living) + 1)]
+        for number, member in sorted(living.items()):
+            slot = self._slots[number]
+            slot.life, slot.handle, slot.started_at = member.life, member.handle, time.monotonic()
+            slot.progress_at = slot.started_at
+            log.warning("actor_adopted slot=%d life=%d", number, member.life)
 
     def check(self) -> None:
         """Raise FleetError if the fleet has failed."""
@@ -285,6 +316,7 @@ class Fleet:
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=_ANSWER_THREADS,
+                **(self._roster.options(spec.slot, spec.life) if self._roster else {}),
             )
             .remote(spec, self._source)
         )

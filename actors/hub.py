@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,17 +39,24 @@ class WeightHub:
     Args:
         directory: folder for the newest weights; None keeps them in memory only.
         keep: versions whose objects are kept, so that slow readers can finish.
+        idle_s: end this Ray actor when nobody has called for so many seconds; None never does.
+            Actors that live call all the time.
     """
 
-    def __init__(self, directory: str | None = None, keep: int = 2) -> None:
+    def __init__(
+        self, directory: str | None = None, keep: int = 2, idle_s: float | None = None
+    ) -> None:
         self._path = Path(directory) / FILE_NAME if directory else None
         self._version = NEVER
         self._kept: deque[Any] = deque(maxlen=keep)
         self._changed = asyncio.Condition()
         self._storing = asyncio.Lock()
         self._counts = {"published": 0, "rejected": 0}
+        self._called_at = time.monotonic()
         if self._path is not None:
             self._restore(self._path)
+        if idle_s is not None:
+            threading.Thread(target=self._watch, args=(idle_s,), name="idle", daemon=True).start()
 
     async def publish(
         self, fence: int, update: int, buffer: NDArray[np.uint8], manifest: dict[str, Any]
@@ -63,6 +72,7 @@ class WeightHub:
         Raises:
             ValueError: if the manifest belongs to other weights.
         """
+        self._called_at = time.monotonic()
         if tuple(manifest["version"]) != (fence, update):
             raise ValueError(
                 f"weights are offered as {(fence, update)}, but their manifest says "
@@ -85,6 +95,7 @@ class WeightHub:
 
     async def wait_newer(self, version: Version, timeout_s: float) -> list[Any] | None:
         """Wait for weights above `version`; [reference to them], or None after the timeout."""
+        self._called_at = time.monotonic()
         wanted = (version[0], version[1])
         try:
             async with asyncio.timeout(timeout_s), self._changed:
@@ -101,6 +112,12 @@ class WeightHub:
     async def stats(self) -> dict[str, Any]:
         """Return version [fence, update], numbers of accepted and refused offers, process id."""
         return {"version": list(self._version), **self._counts, "pid": os.getpid()}
+
+    def _watch(self, idle_s: float) -> None:
+        while time.monotonic() - self._called_at < idle_s:
+            time.sleep(min(1.0, idle_s / 4))
+        log.error("hub_orphaned nobody has asked for %.0f s: the hub ends", idle_s)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
     def _offer(self, weights: PackedWeights) -> None:
         self._kept.append(ray.put((weights.buffer, weights.manifest)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,20 +49,34 @@ class WeightSourceError(RuntimeError):
 
 
 class HubSource:
-    """Weights of a `WeightHub`."""
+    """Weights of a `WeightHub`.
 
-    def __init__(self, hub: Any, grace_s: float = 15.0) -> None:
-        self._hub, self._grace_s = hub, grace_s
+    Args:
+        hub: its handle; None looks it up first.
+        grace_s: time beyond the long poll in which the hub must have answered.
+        find: returns the handle of the hub there is now, and raises ValueError if there is none.
+            Called again after each failure: another hub may have taken the place of the first.
+    """
+
+    def __init__(
+        self, hub: Any = None, grace_s: float = 15.0, find: Callable[[], Any] | None = None
+    ) -> None:
+        assert hub is not None or find is not None, "a hub, or a way to find it"
+        self._hub, self._grace_s, self._find = hub, grace_s, find
 
     def fetch(self, newer_than: Version, timeout_s: float) -> PackedWeights | None:
         """Long-poll the hub; see `WeightSource`."""
         try:
+            if self._hub is None and self._find is not None:
+                self._hub = self._find()
             answer = self._hub.wait_newer.remote(newer_than, timeout_s)
             found = ray.get(answer, timeout=timeout_s + self._grace_s)
             if found is None:
                 return None
             buffer, manifest = ray.get(found[0], timeout=self._grace_s)
-        except RayError as error:
+        except (RayError, ValueError) as error:
+            if self._find is not None:
+                self._hub = None
             raise WeightSourceError(f"the weight hub does not answer: {error}") from error
         return PackedWeights(buffer=buffer, manifest=manifest)
 

@@ -183,6 +183,12 @@ def _scale(args: list[str]) -> int:
     return scale(parse(ScaleOptions, args, command="scale"))
 
 
+def _stop(args: list[str]) -> int:
+    from deploy.left import StopOptions, stop
+
+    return stop(parse(StopOptions, args, command="stop"))
+
+
 def _runs(args: list[str]) -> int:
     from deploy.runs import RunsOptions, runs
 
@@ -238,6 +244,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(summary="write one HTML file about a run", run=_report),
     "export": Command(summary="write the acting agent as one file for torch", run=_export),
     "scale": Command(summary="let actors join or leave a running training", run=_scale),
+    "stop": Command(summary="end actors that were left on a Ray cluster", run=_stop),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
     "replay": Command(summary="check, export or import what a run has collected", run=_replay),

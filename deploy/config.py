@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.config import ActorConfig, EvalConfig
+from actors.config import ActorConfig, EvalConfig, FleetConfig
 from actors.envs import EnvConfig
 from dreamer.config import AgentConfig, V3Config
 from dreamer.presets import AGENTS
@@ -91,6 +91,8 @@ class TrainConfig:
     """How actors run and recover."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation beside training."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    """Actors on a Ray cluster while their learner is away."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """What is kept of the experience, and where."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -187,7 +189,7 @@ MAY_CHANGE = frozenset(
     | {"learner.log_every_s", "learner.video_every_s"}
 )
 """Fields that a run may change when it is continued."""
-MAY_CHANGE_ALL = ("actor.", "eval.")
+MAY_CHANGE_ALL = ("actor.", "eval.", "fleet.")
 """Groups of which every field may change too."""
 
 

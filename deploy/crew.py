@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.actor import ActorSpec
-from actors.config import EvalConfig
+from actors.config import EvalConfig, FleetConfig
 from actors.fleet import Fleet, Supervision
+from actors.roster import HUB, end_named, namespace_of
+from actors.standing import Plan, StandingFleet
 from actors.weights import HubSource
 from deploy.evaluate import SEED_OFFSET
 from learner.bound import PhaseClock
@@ -24,6 +26,20 @@ COLLECT_S = 600.0
 DRAIN_S = 5.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How the actors of a run outlive their learner."""
+
+    run_id: str
+    """Of the run directory; no other run shares it."""
+    config: FleetConfig
+
+    @property
+    def namespace(self) -> str:
+        """Where Ray knows hub, fleet and actors of this run by name."""
+        return namespace_of(self.run_id)
+
+
 class Crew:
     """A fleet that is described first and started later, and in lockstep collects in rounds.
 
@@ -36,6 +52,7 @@ class Crew:
             their failures are seen in `stats` and do not end the run.
         cpus_per_actor: slots of Ray that each takes.
         resources: of Ray, which each of them takes from its node.
+        standing: how they outlive this process; None ends them with it.
     """
 
     def __init__(
@@ -48,15 +65,18 @@ class Crew:
         evaluation: EvalConfig | None = None,
         cpus_per_actor: float = Supervision.cpus_per_actor,
         resources: Mapping[str, float] | None = None,
+        standing: Standing | None = None,
     ) -> None:
+        assert standing is None or not spec.lockstep, "lockstep needs its learner"
+        self._standing = standing
         self._spec, self._hub, self._client, self._actors = spec, hub, client, actors
         self._evaluation = evaluation or EvalConfig()
-        self._evaluators: Fleet | None = None
+        self._evaluators: Fleet | StandingFleet | None = None
         self._supervision = Supervision(
             cpus_per_actor=cpus_per_actor, resources_per_actor=resources or {}
         )
         self._on_failure: Callable[[], None] = lambda: None
-        self._fleet: Fleet | None = None
+        self._fleet: Fleet | StandingFleet | None = None
         self._publisher: Publisher | None = None
         self._fence = 0
         self._clock = PhaseClock()
@@ -81,21 +101,33 @@ class Crew:
                 episodes=wanted.episodes,
                 rest_s=wanted.every_s,
             )
-            self._evaluators = Fleet(
-                spec, HubSource(self._hub), actors=wanted.actors, supervision=self._supervision
-            )
+            self._evaluators = self._described(spec, wanted.actors, None)
             self._evaluators.start()
 
     def _start_training(self) -> None:
-        fleet = Fleet(
-            self._spec,
-            HubSource(self._hub),
-            actors=self._actors,
-            supervision=self._supervision,
-            on_failure=lambda message: self._on_failure(),
-        )
+        fleet = self._described(self._spec, self._actors, lambda message: self._on_failure())
         fleet.start()
         self._fleet = fleet
+
+    def _described(
+        self, spec: ActorSpec, actors: int, on_failure: Callable[[str], None] | None
+    ) -> Fleet | StandingFleet:
+        if self._standing is None:
+            return Fleet(
+                spec,
+                HubSource(self._hub),
+                actors=actors,
+                supervision=self._supervision,
+                on_failure=on_failure,
+            )
+        plan = Plan(
+            namespace=self._standing.namespace,
+            spec=spec,
+            supervision=self._supervision,
+            orphan_after_s=self._standing.config.orphan_after_s,
+            actors=actors,
+        )
+        return StandingFleet(plan, fence=self._fence, on_failure=on_failure)
 
     def scale(self, actors: int) -> None:
         """Let actors join or leave a run that is going on; see `Fleet.scale`.
@@ -123,12 +155,29 @@ class Crew:
             return self._fleet.summary()
         return {"desired": self._actors, "states": {}, "restarts": {}, "quarantined": 0}
 
-    def stop(self, drain_s: float) -> None:
-        """Stop the actors."""
+    def end(self, drain_s: float, *, leave: bool = False) -> None:
+        """Stop the actors, and the hub if it would outlive this process.
+
+        Args:
+            drain_s: time in which they may deliver what they hold.
+            leave: leave those that can outlive this process to the next learner.
+        """
+        if leave and self._standing is not None:
+            for fleet in (self._evaluators, self._fleet):
+                if isinstance(fleet, StandingFleet):
+                    fleet.leave()
+            log.warning(
+                "fleet_left it goes on for %.0f s without a learner; the same command takes it "
+                "over, `dreamfleet stop` ends it",
+                self._standing.config.orphan_after_s,
+            )
+            return
         if self._evaluators is not None:
             self._evaluators.stop(0.0)
         if self._fleet is not None:
             self._fleet.stop(drain_s)
+        if self._standing is not None:
+            end_named(HUB, self._standing.namespace)
 
     def collect(self, updates: int) -> int:
         """Collect a chunk from every environment with the weights after so many updates.
@@ -141,7 +190,7 @@ class Crew:
             FleetError: an actor failed.
         """
         publisher, version = self._publisher, (self._fence, updates)
-        assert publisher is not None and self._fleet is not None, "bind and start come first"
+        assert publisher is not None and isinstance(self._fleet, Fleet), "bind and start come first"
         if publisher.stats.version != version:
             with self._clock.during("publish"):
                 publisher.publish(updates)

@@ -22,7 +22,7 @@ from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save
 from deploy.interrupts import Interrupts
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
-from deploy.rundir import run_directory
+from deploy.rundir import run_directory, run_id
 from deploy.scale import heed_order
 from deploy.sentinel import Sentinel
 from deploy.status import STATUS_FILE
@@ -42,7 +42,7 @@ from replay_service import (
 )
 
 if TYPE_CHECKING:
-    from deploy.crew import Crew
+    from deploy.crew import Crew, Standing
     from dreamer.agent import Agent
     from learner.learner import Learner
     from learner.record import Recorder
@@ -116,8 +116,9 @@ def train(config: TrainConfig) -> int:
             ray_cluster(config.ray, cpus=config.actors + config.eval.actors + 1, sentinel=sentinel)
         )
         interrupts.reinstall()
-        hub = weight_hub(run)
-        fleet = make_fleet(config, facts, schema, client, hub, url)
+        standing = standing_crew(config, run)
+        hub = weight_hub(run, standing)
+        fleet = make_fleet(config, facts, schema, client, hub, url, standing)
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
@@ -126,7 +127,7 @@ def train(config: TrainConfig) -> int:
         export_fleet(learner, fleet)
         stack.enter_context(listed(config, client, learner))
         resume(learner, run)
-        stack.callback(fleet.stop, DRAIN_S)
+        stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
         with reporting(learner, lambda: heeded(config, run, fleet), run, f"{config.env} · {run}"):
             with interrupts.graceful(learner.stop.set):
@@ -202,15 +203,52 @@ def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
         yield server.listen_url
 
 
-def weight_hub(run: Path) -> Any:
-    """Start the hub on this node; the newest weights are kept in the run directory."""
-    from actors.hub import start_hub
+def standing_crew(config: TrainConfig, run: Path) -> Standing | None:
+    """Return how the actors outlive this process; None where Ray, or lockstep, ends with it."""
+    from deploy.crew import Standing
 
-    return start_hub(run.absolute() / "weights", this_node())
+    if config.ray == "local" or config.lockstep:
+        return None
+    return Standing(run_id=run_id(run), config=config.fleet)
+
+
+def leaves(config: TrainConfig, interrupts: Interrupts, error: BaseException | None) -> bool:
+    """Whether a run that ends now leaves its actors to the next learner of its directory.
+
+    A signal does if that is wished; a learner that fails does, for it may be started again. A run
+    that has reached its target, or whose actors cannot work, does not.
+    """
+    from actors.fleet import FleetError
+
+    if interrupts.received:
+        return config.fleet.keep
+    return error is not None and not isinstance(error, FleetError)
+
+
+def weight_hub(run: Path, standing: Standing | None) -> Any:
+    """Start the hub on this node, or take over the one that the last learner has left.
+
+    The newest weights are kept in the run directory.
+    """
+    from actors.hub import start_hub
+    from actors.roster import standing_hub
+
+    directory = run.absolute() / "weights"
+    if standing is None:
+        return start_hub(directory, this_node())
+    return standing_hub(
+        standing.namespace, str(directory), this_node(), standing.config.orphan_after_s
+    )
 
 
 def make_fleet(
-    config: TrainConfig, facts: EnvFacts, schema: Schema, client: ReplayClient, hub: Any, url: str
+    config: TrainConfig,
+    facts: EnvFacts,
+    schema: Schema,
+    client: ReplayClient,
+    hub: Any,
+    url: str,
+    standing: Standing | None,
 ) -> Crew:
     """Describe the actors; they start when the learner is ready.
 
@@ -244,6 +282,7 @@ def make_fleet(
         # A private Ray has one node, and nothing to decide: any number of actors may join later.
         cpus_per_actor=0.0 if config.ray == "local" else Supervision.cpus_per_actor,
         resources=actor_resources(config.actors + config.eval.actors),
+        standing=standing,
     )
 
 

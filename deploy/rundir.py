@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, requ
 log = logging.getLogger(__name__)
 
 LOCK = "lock"
+ID_FILE = "id"
+"""Holds what names this run where runs meet, such as on a Ray cluster."""
 
 
 @contextmanager
@@ -44,6 +48,24 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
             _forget_if_unused(directory)
     finally:
         os.close(lock)
+
+
+def run_id(directory: Path) -> str:
+    """Return what names the run of a directory wherever it is moved; made up the first time.
+
+    Raises:
+        ConfigError: the file that holds it holds something else.
+    """
+    path = directory / ID_FILE
+    if not path.exists():
+        path.write_text(secrets.token_hex(6) + "\n")
+    found = path.read_text().strip()
+    if not re.fullmatch("[0-9a-f]{12}", found):
+        raise ConfigError(
+            f"{path} holds {found[:40]!r}, expected 12 hex digits; remove it, and end with "
+            "`ray list actors` and `ray kill` what may be left of the run on a cluster"
+        )
+    return found
 
 
 def _require_fitting(directory: Path, config: TrainConfig) -> None:

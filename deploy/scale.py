@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config
+from deploy.left import scale_left
 from deploy.progress import console
 from deploy.status import read_status, require_run
 
@@ -62,7 +63,11 @@ def scale(options: ScaleOptions) -> int:
         ConfigError: no run, none that is running, or one in lockstep.
     """
     config = load_config(require_run(options.run_dir) / FILE_NAME)
-    _require_scalable(options, config)
+    if _require_scalable(options, config):
+        said = scale_left(options.run_dir, config, options.actors)
+        save_config(replace(config, actors=options.actors), options.run_dir / FILE_NAME)
+        console().print(f"{options.actors} actors wanted, the learner is away: {said}")
+        return 0
     pause = threading.Event()
     _give_order(options)
     deadline = time.monotonic() + options.timeout_s
@@ -95,17 +100,21 @@ def heed_order(config: TrainConfig, run: Path, crew: Crew) -> None:
     path.unlink(missing_ok=True)
 
 
-def _require_scalable(options: ScaleOptions, config: TrainConfig) -> None:
+def _require_scalable(options: ScaleOptions, config: TrainConfig) -> bool:
+    """Return whether the learner is away and may have left its actors on a cluster."""
     if config.lockstep:
         raise ConfigError(
             f"{options.run_dir} runs in lockstep, where the number of actors is part of what "
             "happens: start another run with --actors"
         )
-    if not read_status(options.run_dir)["alive"]:
+    if read_status(options.run_dir)["alive"]:
+        return False
+    if config.ray == "local":
         raise ConfigError(
             f"nothing trains in {options.run_dir}; dreamfleet train --run-dir {options.run_dir} "
             f"--actors {options.actors} continues it with that many"
         )
+    return True
 
 
 def _give_order(options: ScaleOptions) -> None:

@@ -73,6 +73,7 @@ def _options(command: str) -> type:
     from deploy.doctor import DoctorOptions
     from deploy.evaluate import EvalOptions
     from deploy.export import ExportOptions
+    from deploy.left import StopOptions
     from deploy.report import ReportOptions
     from deploy.runs import RunsOptions
     from deploy.scale import ScaleOptions
@@ -90,6 +91,7 @@ def _options(command: str) -> type:
         "scale": ScaleOptions,
         "secrets": SecretsOptions,
         "status": StatusOptions,
+        "stop": StopOptions,
     }[command]
 
 

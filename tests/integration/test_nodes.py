@@ -2,115 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from deploy import cluster as ours
-from deploy.sentinel import Sentinel
+from tests.integration.raylets import (
+    DEADLINE_S,
+    acting_below,
+    add,
+    empty_cluster,
+    raylet_of,
+    start,
+    status,
+    until,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-DEADLINE_S = 240.0
-STORE_BYTES = 80 * 2**20
 
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Yield an empty cluster on this machine; whatever is added ends with the test."""
-    import ray
-    from ray.cluster_utils import Cluster
-
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_worker_niceness", "0")
-    ours._set_environment({"RAY_AUTH_MODE": "disabled"}, loopback=False)
-    with Sentinel():
-        cluster = Cluster()
-        try:
-            yield cluster
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
-
-
-def add(cluster: Any, **resources: float) -> Any:
-    """Start one more node, which offers the resources and two CPUs.
-
-    Ray itself waits for it no longer than 30 seconds, which a busy machine may exceed.
-    """
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            return cluster.add_node(
-                num_cpus=2,
-                resources=resources,
-                object_store_memory=STORE_BYTES,
-                include_dashboard=False,
-            )
-        except Exception as error:
-            if "timed out during startup" not in str(error) or time.monotonic() > deadline:
-                raise
-
-
-def start(cluster: Any, run: Path, *flags: str) -> subprocess.Popen[str]:
-    """Start a small run on the cluster."""
-    words = ["train", "--preset", "v3-cartpole", "--size", "debug", "--run-dir", str(run)]
-    words += ["--ray", cluster.address, "--device", "cpu", "--learner.threads", "1", *flags]
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploy.cli", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-
-
-def status(run: Path) -> dict[str, Any]:
-    """Return the last status of a run, empty before the first."""
-    try:
-        found: dict[str, Any] = json.loads((run / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def raylet_of(node: Any) -> int:
-    """Return the process that starts all others of a node."""
-    return int(node.all_processes["raylet"][0].process.pid)
-
-
-def acting_below(run: Path, raylet: int) -> int:
-    """Return how many actors act whose processes belong to the node."""
-    acting = [
-        one for one in status(run).get("per_actor", []) if one["state"] in ("acting", "blocked")
-    ]
-    return sum(_parent(int(one["pid"])) == raylet for one in acting)
-
-
-def _parent(pid: int) -> int:
-    try:
-        return psutil.Process(pid).ppid()
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[str], what: str) -> None:
-    """Wait until a condition holds; fails at the deadline, or when the run ends."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            out, _ = process.communicate(timeout=30)
-            pytest.fail(f"{what}: exit code {process.returncode}\n{out[-3000:]}")
-        time.sleep(0.1)
+    with empty_cluster(monkeypatch) as cluster:
+        yield cluster
 
 
 def test_training_survives_a_node_that_leaves_and_uses_one_that_joins(

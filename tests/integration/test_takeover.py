@@ -1,0 +1,107 @@
+"""Fleets that outlive their learners on a cluster: left, waiting, taken over, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.roster import HUB, find, names_in, namespace_of
+from deploy.rundir import run_id
+from replay_service import EmbeddedServer
+from tests.integration.raylets import add, alive, empty_cluster, start, status, until, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One node that this process has joined too."""
+    import ray
+
+    with empty_cluster(monkeypatch) as cluster:
+        add(cluster)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        yield cluster
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    with EmbeddedServer(tmp_path / "server", max_memory_bytes=2**27) as server:
+        yield server.url
+
+
+def look(run: Path) -> dict[str, Any]:
+    """Ask a run's fleet how it is, as nobody's learner."""
+    import ray
+
+    host = find("fleet-train", namespace_of(run_id(run)))
+    found: dict[str, Any] = ray.get(host.look.remote(), timeout=60)
+    return found
+
+
+def acting(run: Path, wanted: int) -> bool:
+    actors = status(run).get("per_actor", [])
+    return len(actors) == wanted and all(one["state"] in ("acting", "blocked") for one in actors)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate(timeout=30)
+
+
+def test_fleet_outlives_a_killed_learner_waits_and_is_taken_over(
+    nodes: Any, redis: str, tmp_path: Path
+) -> None:
+    import ray
+
+    run = tmp_path / "run"
+    flags = ["--steps", "1000000", "--actors", "2", "--redis", redis]
+    first = start(nodes, run, *flags)
+    second: subprocess.Popen[str] | None = None
+    try:
+        until(lambda: status(run).get("updates", 0) > 0 and acting(run, 2), first, "no training")
+        members = {one["slot"]: (one["pid"], one["life"]) for one in status(run)["per_actor"]}
+        first.kill()
+        out, _ = first.communicate(timeout=30)
+        before = status(run)
+        # Nobody trains: the actors use up what the train ratio admits, and say that they wait.
+        wait_for(lambda: {one["state"] for one in look(run)["stats"]} == {"blocked"})
+        left = look(run)
+        reasons = [one["blocked"] for one in left["stats"]]
+        assert all("train" in reason for reason in reasons), reasons
+        assert left["learner_away_s"] > 0
+        namespace = namespace_of(run_id(run))
+        hub = find(HUB, namespace)
+        version = ray.get(hub.stats.remote(), timeout=60)["version"]
+        # The supervisor dies as well: Ray starts it again, and it finds the same actors.
+        os.kill(left["pid"], signal.SIGKILL)
+        wait_for(lambda: alive(lambda: look(run)["pid"] != left["pid"]))
+        wait_for(lambda: {one["state"] for one in look(run)["stats"]} == {"blocked"})
+
+        second = start(nodes, run, *flags)
+        until(
+            lambda: (
+                status(run)["policy_version"][0] > before["policy_version"][0] and acting(run, 2)
+            ),
+            second,
+            "no takeover",
+        )
+        until(lambda: status(run)["updates"] > before["updates"], second, "training did not go on")
+        again = {one["slot"]: (one["pid"], one["life"]) for one in status(run)["per_actor"]}
+        assert again == members
+        after = ray.get(find(HUB, namespace).stats.remote(), timeout=60)
+        assert after["version"] > version and after["pid"]
+        second.send_signal(signal.SIGTERM)
+        out, _ = second.communicate(timeout=90)
+        assert "fleet_taken_over" in out and "hub_taken_over" in out, out[-3000:]
+        assert names_in(namespace) == []
+    finally:
+        for process in (first, second):
+            if process is not None:
+                end(process)
