@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import redis
 import torch
 from rich.table import Table
 
+from benchmarks.frames import CONTENT, textured
+from benchmarks.load import CHUNK, IMAGES
 from replay_service import (
     Chunk,
     Column,
@@ -34,13 +36,6 @@ from replay_service.schema import REQUIRED
 from replay_service.server import Durability
 from replay_service.storage import DeviceStorage, gather, window_rows
 
-IMAGES = Schema(
-    (
-        Column("image", "uint8", (64, 64, 3)),
-        *(Column(*row) for row in REQUIRED),
-        Column("action", "int32"),
-    )
-)
 VECTORS = Schema(
     (
         Column("vector", "float32", (16,)),
@@ -48,7 +43,7 @@ VECTORS = Schema(
         Column("action", "int32"),
     )
 )
-CHUNK, PAGE, BATCH, WINDOW = 64, 64, 16, 65
+PAGE, BATCH, WINDOW = 64, 16, 65
 SAMPLINGS = {
     "any": SamplingConfig(),
     "recency": SamplingConfig(recency=1.0),
@@ -136,33 +131,6 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _regular(rng: np.random.Generator, steps: int) -> np.ndarray:
-    """Flat background with a small moving block, as in simple games."""
-    frames = np.full((steps, 64, 64, 3), 40, np.uint8)
-    for i, frame in enumerate(frames):
-        x = int(rng.integers(0, 56))
-        frame[i % 56 : i % 56 + 6, x : x + 6] = (200, 30, 80)
-    return frames
-
-
-def _textured(rng: np.random.Generator, steps: int) -> np.ndarray:
-    """Tiles from a small set in changing places, as in Crafter."""
-    tiles = rng.integers(0, 256, (12, 8, 8, 3), np.uint8)
-    places = rng.integers(0, 12, (steps, 8, 8))
-    return np.ascontiguousarray(tiles[places].transpose(0, 1, 3, 2, 4, 5).reshape(steps, 64, 64, 3))
-
-
-def _noise(rng: np.random.Generator, steps: int) -> np.ndarray:
-    return rng.integers(0, 256, (steps, 64, 64, 3), np.uint8)
-
-
-CONTENT: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "regular": _regular,
-    "textured": _textured,
-    "noise": _noise,
-}
-
-
 def _columns(schema: Schema, steps: int, content: np.ndarray | None = None) -> dict[str, Any]:
     columns = {c.name: np.zeros((steps, *c.shape), c.dtype) for c in schema.columns}
     columns["is_first"][0] = True
@@ -219,7 +187,7 @@ def _insert(kind: str, count: int) -> dict[str, Any]:
 
 def _durable(durability: Durability, count: int) -> dict[str, Any]:
     """Insert one chunk after the other from one writer; the disk is that of temporary files."""
-    columns = _columns(IMAGES, CHUNK, _textured(np.random.default_rng(0), CHUNK))
+    columns = _columns(IMAGES, CHUNK, textured(np.random.default_rng(0), CHUNK))
     blob = encode_chunk(Chunk("bench", 1, 1, 0, columns), IMAGES)
     taken_s = list[float]()
     with _server(durability) as (_, client):
@@ -253,7 +221,7 @@ def _end_to_end(client: ReplayClient, columns: dict[str, Any], chunks: int) -> f
 
 def _follow(steps: int) -> dict[str, Any]:
     """Rebuild a mirror from a log of textured frames."""
-    content = _textured(np.random.default_rng(0), CHUNK)
+    content = textured(np.random.default_rng(0), CHUNK)
     with _server() as (_, client):
         client.create(IMAGES, Limits(capacity_steps=steps, capacity_bytes=GIB))
         for seq in range(1, steps // CHUNK + 1):

@@ -19,7 +19,7 @@ from rich.table import Table
 from deploy.config import ConfigError
 from deploy.progress import console
 
-BENCHMARKS = ("learner", "replay", "actors", "pipeline")
+BENCHMARKS = ("learner", "replay", "replay_limits", "actors", "pipeline")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,12 @@ class BenchOptions:
     """Measure a part, or all one after the other; nothing else should run meanwhile."""
 
     what: Annotated[
-        Literal["learner", "replay", "actors", "pipeline", "all"], tyro.conf.Positional
+        Literal["learner", "replay", "replay_limits", "actors", "pipeline", "all"],
+        tyro.conf.Positional,
     ] = "all"
     """learner: ms per update and where they go; replay: insert and sampling against raw SET and
-    memcpy; actors: environment steps/s bare, with policy, as an actor; pipeline: end to end."""
+    memcpy; replay_limits: many writers, processor time, growth, start-up; actors: environment
+    steps/s bare, with policy, as an actor; pipeline: end to end."""
     json: Path | None = None
     """File for the numbers, with what they were measured on."""
     quick: bool = False

@@ -1,0 +1,1 @@
+"""Ours beside dm-reverb, in one run."""
