@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -157,6 +158,8 @@ class ReplayClient:
         self.timeout_s = timeout_s
         self.address = without_password(url)
         self._redis = _connect(url, timeout_s, timeout_s)
+        self._inserting = threading.Lock()
+        self._kept: Any = None
         tag = f"{{rp{shard}}}"
         self._prefix = tag
         self._meta, self._log = f"{tag}:meta", f"{tag}:log"
@@ -286,11 +289,43 @@ class ReplayClient:
         arguments: list[str | bytes] = [schema.hash.hex(), sid, str(seq), str(steps)]
         arguments += [str(len(blob)), token or ""]
         if not send or len(blob) <= INLINE_BYTES:
-            reply = self._fcall("replay_insert", [*keys], *arguments, *([blob] if send else []))
+            words = ["FCALL", "replay_insert", len(keys), *keys, *arguments]
+            reply = self._insert_now(words + [blob] if send else words)
         else:
             reply = self._send_and_insert(key, blob, [len(keys), *keys, *arguments])
         code, *values = reply
         return InsertReply(code.decode(), tuple(values))
+
+    def _insert_now(self, words: list[Any]) -> Any:
+        """Run a command over a connection that is kept: lending one takes longer than inserting."""
+        with self._inserting:
+            try:
+                if self._kept is None:
+                    self._kept = self._redis.connection_pool.get_connection()
+                elif not self._is_quiet():
+                    self._kept.disconnect()
+                self._kept.send_command(*words)
+                return self._kept.read_response()
+            except redis.exceptions.ResponseError as error:
+                raise translate(error, self.address, "replay_insert") from error
+            except redis.exceptions.RedisError as error:
+                self._hang_up()
+                raise translate(error, self.address, "replay_insert") from error
+            except BaseException:
+                # A reply that nobody has read must not answer the next call.
+                self._hang_up()
+                raise
+
+    def _is_quiet(self) -> bool:
+        """Whether the kept connection is open; else the server has gone, and perhaps come back."""
+        try:
+            return not self._kept.can_read()
+        except (redis.exceptions.RedisError, OSError):
+            return False
+
+    def _hang_up(self) -> None:
+        if self._kept is not None:
+            self._kept.disconnect()
 
     def _send_and_insert(self, key: str, blob: bytes, words: list[Any]) -> Any:
         pipe = self._redis.pipeline(transaction=False)
