@@ -304,10 +304,12 @@ class StandingFleet:
                 lifetime="detached",
                 get_if_exists=True,
                 num_cpus=0,
+                # A byte: Ray places actors that take nothing anywhere, whatever the strategy says.
+                memory=1,
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=_CALLS,
-                # Beside the learner, whose node has room for it, and elsewhere once that is gone.
+                # Beside the learner, and elsewhere once that node is gone.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
             )
             .remote(self._plan)

@@ -19,7 +19,7 @@ from rich.table import Table
 from deploy.config import ConfigError
 from deploy.progress import console
 
-BENCHMARKS = ("learner", "replay", "replay_limits", "actors", "pipeline")
+BENCHMARKS = ("learner", "replay", "replay_limits", "actors", "pipeline", "scaling", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,15 @@ class BenchOptions:
     """Measure a part, or all one after the other; nothing else should run meanwhile."""
 
     what: Annotated[
-        Literal["learner", "replay", "replay_limits", "actors", "pipeline", "all"],
+        Literal[
+            "learner", "replay", "replay_limits", "actors", "pipeline", "scaling", "weights", "all"
+        ],
         tyro.conf.Positional,
     ] = "all"
     """learner: ms per update and where they go; replay: insert and sampling against raw SET and
     memcpy; replay_limits: many writers, processor time, growth, start-up; actors: environment
-    steps/s bare, with policy, as an actor; pipeline: end to end."""
+    steps/s bare, with policy, as an actor; pipeline: end to end; scaling: 1 to 32 actors with
+    environments that sleep; weights: learner to 1 to 64 actors."""
     json: Path | None = None
     """File for the numbers, with what they were measured on."""
     quick: bool = False
@@ -54,7 +57,7 @@ def bench(options: BenchOptions) -> int:
         with console().status(f"measuring {name} …"):
             result = module.run(quick=options.quick) if takes_quick else module.run()
         results[name] = {**result, "seconds": round(time.monotonic() - begin, 1)}
-        console().print(_shown(name, module.table(result)))
+        console().print(shown(name, module.table(result)))
         if options.json is not None:
             options.json.write_text(json.dumps(results, indent=2) + "\n")
     if options.json is not None:
@@ -87,7 +90,7 @@ def _processor() -> str:
     return next(models, platform.processor())
 
 
-def _shown(title: str, content: Table | list[list[str]]) -> Table:
+def shown(title: str, content: Table | list[list[str]]) -> Table:
     """Return a table; benchmarks give one, or a header and rows of text."""
     if isinstance(content, Table):
         return content

@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 MIB = 1024**2
 TEMP_PREFIX = "dreamfleet-ray-"
-OBJECT_STORE_BYTES = 256 * MIB
-"""Room for a few copies of the largest published policy."""
+OBJECT_STORE_BYTES = 1024 * MIB
+"""Room for a few copies of the policy of size 200m (223 MB); memory is taken when it is used."""
+LEAST_STORE_BYTES = 128 * MIB
 
 LEARNER, ACTOR = "learner", "actor"
 """Resources of Ray with which the nodes of a cluster say what they are for."""
@@ -117,7 +118,7 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=_object_store_bytes(),
             namespace="dreamfleet",
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -189,6 +190,15 @@ def _set_environment(authentication: dict[str, str], loopback: bool) -> None:
         raylet: Any = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _object_store_bytes() -> int:
+    """Return what a private Ray may keep in shared memory: not more than half of what is free."""
+    try:
+        shared = os.statvfs("/dev/shm")
+    except OSError:
+        return LEAST_STORE_BYTES
+    return max(min(OBJECT_STORE_BYTES, shared.f_bavail * shared.f_frsize // 2), LEAST_STORE_BYTES)
 
 
 def _short_temp() -> str | None:

@@ -133,11 +133,13 @@ def _described(host: Any) -> str:
         found = ray.get(host.look.remote(), timeout=ANSWER_S)
     except ray.exceptions.RayError as error:
         return f"does not answer: {error}"
-    states = Counter(
-        f"{actor['state']} ({actor['blocked']})" if actor.get("blocked") else str(actor["state"])
-        for actor in found["stats"]
+    states = Counter(str(actor["state"]) for actor in found["stats"])
+    # All wait for the same thing; the first one says it for all.
+    why = next((f" ({a['blocked']})" for a in found["stats"] if a.get("blocked")), "")
+    said = ", ".join(
+        f"{count} {state}{why if state == 'blocked' else ''}"
+        for state, count in sorted(states.items())
     )
-    said = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     left = found["orphan_after_s"] - found["learner_away_s"]
     return (
         f"{said}; heard of a learner {duration(found['learner_away_s'])} ago, ends by itself in "

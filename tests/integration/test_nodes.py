@@ -61,7 +61,7 @@ def test_training_survives_a_node_that_leaves_and_uses_one_that_joins(
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == 128 + signal.SIGTERM, out[-3000:]
-        assert "reason=died" in out
+        assert "reason=died" in out, out
     finally:
         process.kill()
         process.wait(30)

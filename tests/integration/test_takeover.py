@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import pytest
 from actors.roster import HUB, find, names_in, namespace_of
 from deploy.rundir import run_id
 from replay_service import EmbeddedServer
-from tests.integration.raylets import add, alive, empty_cluster, start, status, until, wait_for
+from tests.integration.raylets import (
+    DEADLINE_S,
+    add,
+    alive,
+    empty_cluster,
+    start,
+    status,
+    until,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -105,3 +115,48 @@ def test_fleet_outlives_a_killed_learner_waits_and_is_taken_over(
         for process in (first, second):
             if process is not None:
                 end(process)
+
+
+def command(*words: str) -> str:
+    """Run a command to its end and return what it says in one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return " ".join(done.stdout.split())
+
+
+def test_two_runs_share_nothing_and_a_kept_fleet_is_scaled_and_stopped(
+    nodes: Any, redis: str, tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = start(nodes, one, "--steps", "1000000", "--redis", redis, "--fleet.keep")
+    second = start(nodes, two, "--steps", "1000000")
+    try:
+        until(lambda: status(one).get("updates", 0) > 0 and acting(one, 1), first, "one")
+        until(lambda: status(two).get("updates", 0) > 0 and acting(two, 1), second, "two")
+        spaces = [namespace_of(run_id(run)) for run in (one, two)]
+        names = [names_in(space) for space in spaces]
+        assert [len(found) for found in names] == [3, 3]  # hub, fleet and actor of each
+        assert status(one)["per_actor"][0]["pid"] != status(two)["per_actor"][0]["pid"]
+        first.send_signal(signal.SIGTERM)
+        out, _ = first.communicate(timeout=90)
+        assert "fleet_left" in out, out[-3000:]
+        assert names_in(spaces[0]) == names[0]
+        said = command("stop", str(one), "--look")
+        assert "ends by itself in" in said and names_in(spaces[0]) == names[0]
+        said = command("scale", str(one), "--actors", "2")
+        assert "the learner is away" in said
+        wait_for(lambda: [a["state"] for a in look(one)["stats"]] == ["blocked"] * 2)
+        assert "2 blocked (inserts wait for training" in command("stop", str(one), "--look")
+        assert "hub" in command("stop", str(one))
+        assert names_in(spaces[0]) == [] and names_in(spaces[1]) == names[1]
+        before = status(two)["env_steps"]
+        until(lambda: status(two)["env_steps"] > before, second, "the other run did not go on")
+    finally:
+        end(first)
+        end(second)

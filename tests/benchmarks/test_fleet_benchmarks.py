@@ -1,0 +1,44 @@
+"""The benchmarks of scaling and weights, run small."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import scaling, weights
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def test_scaling_keeps_the_train_ratio_and_measures_what_actors_can_do() -> None:
+    result = scaling.run(quick=True)
+    assert [(row["limited"], row["actors"]) for row in result["rows"]] == [
+        (False, 1),
+        (False, 2),
+        (True, 1),
+        (True, 2),
+    ]
+    for row in result["rows"]:
+        # Steps arrive in chunks, of which one more or less may fall into the second measured.
+        assert 0 <= row["env_steps_per_s"] <= row["ideal"] * 2
+        assert 0.0 <= row["limiter_share"] <= 1.01
+    assert len(scaling.table(result)) == 1 + len(result["rows"])
+
+
+def test_weights_reach_every_reader_and_a_cache_asks_the_hub_once() -> None:
+    result = weights.run(quick=True)
+    rows = {(row["readers"], row["via"]): row for row in result["rows"]}
+    assert set(rows) == {(1, "hub"), (1, "node"), (2, "hub"), (2, "node")}
+    for (readers, via), row in rows.items():
+        assert 0 < row["publish_ms"] and 0 < row["all_ms"]
+        # Each asks once for each version, and once more for the next.
+        asks = readers if via == "hub" else 1
+        assert asks <= row["polls"] <= 2 * asks
+    assert weights.policy_bytes("1m") < weights.policy_bytes("12m")
+    assert len(weights.table(result)) == 5
+
+
+def test_impossible_options_are_refused() -> None:
+    with pytest.raises(ValueError, match="growing numbers"):
+        scaling.ScalingOptions(actors=(4, 2))
+    with pytest.raises(ValueError, match="--rounds and --readers"):
+        weights.WeightsOptions(rounds=0)
