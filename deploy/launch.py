@@ -44,6 +44,7 @@ from replay_service import (
 if TYPE_CHECKING:
     from deploy.crew import Crew, Standing
     from dreamer.agent import Agent
+    from learner.checkpoint import Checkpoint
     from learner.learner import Learner
     from learner.record import Recorder
     from learner.step import UpdateStep
@@ -95,7 +96,7 @@ def train(config: TrainConfig) -> int:
         url = stack.enter_context(replay_server(config, run))
         client = ReplayClient(address_for(url, config.replay, "learner"))
         stack.callback(client.close)
-        client.create(schema, limits)
+        create_replay(client, schema, limits, run)
         mirror = Mirror(
             client,
             schema,
@@ -386,6 +387,14 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
     )
 
 
+def create_replay(client: ReplayClient, schema: Schema, limits: Limits, run: Path) -> None:
+    """Create the replay; if the run has lost the one it had, closed to actors until `resume`."""
+    from learner.checkpoint import newest_fence
+
+    continued = newest_fence(run / "checkpoints") > 0
+    client.create(schema, limits, token="resume" if continued else None)
+
+
 def take_fence(client: ReplayClient, run: Path) -> int:
     """Return a fence above all that this run ever had, also if the server has lost its data."""
     from learner.checkpoint import newest_fence
@@ -437,14 +446,19 @@ def resume(learner: Learner, run: Path) -> None:
     from learner.checkpoint import load_newest
 
     mirror = learner.mirror
-    # A learner may have died while it put back what the server had lost.
-    learner.client.restored(learner.fence)
     while not mirror.caught_up:
         mirror.wait(1.0)
         learner.recorder.score(mirror.absorb())
     saved = load_newest(run / "checkpoints")
-    if saved is None:
-        return
+    if saved is not None:
+        continue_from(learner, saved)
+    # Closed by `create_replay`, or by a learner that died while it put back what was lost.
+    learner.client.restored(learner.fence)
+
+
+def continue_from(learner: Learner, saved: Checkpoint) -> None:
+    """Continue from a checkpoint, and count on if the replay that belongs to it is gone."""
+    mirror = learner.mirror
     for reason in saved.skipped:
         log.warning("checkpoint_skipped the previous one is used: %s", reason)
     learner.restore(saved)
