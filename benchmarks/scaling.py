@@ -53,6 +53,9 @@ BATCH_STEPS, UPDATES_PER_S, RATIO = 256, 50.0, 16
 REPLAY = ReplayConfig(chunk_steps=16, min_size_steps=512, capacity_steps=100_000)
 _CAPACITY_BYTES = 2**25
 _START_S = 300.0
+_CALM_S, _FILL_S = 1.0, 15.0
+"""Seconds before a measurement, without and with a limit: until then what exceeds it goes into the
+actors' rings of chunks that wait to be sent."""
 _AHEAD = 1_000_000
 
 
@@ -173,7 +176,7 @@ def run(
     load, rows = os.getloadavg()[0], list[dict[str, Any]]()
     for limited in (False, True):
         with tempfile.TemporaryDirectory(prefix="dreamfleet-bench-") as folder:
-            rows += _sweep(Path(folder), limited, counts, seconds)
+            rows += _sweep(Path(folder), limited, counts, seconds, quick)
     return {"nap_s": NAP_S, "load": load, "pays_for": UPDATES_PER_S * BATCH_STEPS / RATIO} | {
         "rows": rows
     }
@@ -198,7 +201,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _sweep(
-    folder: Path, limited: bool, counts: tuple[int, ...], seconds: float
+    folder: Path, limited: bool, counts: tuple[int, ...], seconds: float, quick: bool
 ) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         client, schema = stack.enter_context(_replay(folder))
@@ -219,7 +222,7 @@ def _sweep(
         fleet.start()
         for actors in counts:
             fleet.scale(actors)
-            _settle_down(fleet, actors)
+            _settle_down(fleet, actors, _FILL_S if limited and not quick else _CALM_S)
             yield _measure(fleet, client, learner, seconds) | {
                 "limited": limited,
                 "actors": actors,
@@ -227,8 +230,8 @@ def _sweep(
             }
 
 
-def _settle_down(fleet: Fleet, actors: int) -> None:
-    """Wait until all have acted for a while."""
+def _settle_down(fleet: Fleet, actors: int, calm_s: float) -> None:
+    """Wait until all act, and then for a while."""
     deadline, pause = time.monotonic() + _START_S, threading.Event()
     while True:
         fleet.check()
@@ -241,7 +244,7 @@ def _settle_down(fleet: Fleet, actors: int) -> None:
                 f"{_START_S:.0f} s: the machine is too small or too busy for so many"
             )
         pause.wait(0.2)
-    pause.wait(2.0)
+    pause.wait(calm_s)
 
 
 def _measure(

@@ -54,6 +54,9 @@ def status(options: StatusOptions) -> int:
         if snapshot["alive"] and snapshot.get("metrics_port"):
             url = f"http://127.0.0.1:{snapshot['metrics_port']}/metrics"
             console().print(f"metrics of the learner: {url}", highlight=False, soft_wrap=True)
+        if not snapshot["alive"] and config.ray != "local":
+            look = f"{command_name()} stop {options.run_dir} --look"
+            console().print(f"what is left of it on the cluster: {look}", soft_wrap=True)
     return 0 if snapshot["alive"] or snapshot.get("phase") in ENDED[:2] else 1
 
 
