@@ -1,4 +1,4 @@
-"""Configuration of the agents before DreamerV3 of 2025: V1, V2, Pro and V3 of January 2023."""
+"""Configuration of the agents beside DreamerV3 of 2025: V1, V2, Pro, V3 of January 2023, R2."""
 
 from __future__ import annotations
 
@@ -295,3 +295,25 @@ class ProV3Config(V3Config):
                 "prototypes.rollout 'augmented' has no latent of its own to store, and context is "
                 "1; use --agent.context 0 or --agent.prototypes.rollout clean"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastConfig(V3Config):
+    """DreamerV3 (2025) that contrasts states with embeddings instead of decoding them."""
+
+    name: str = "infonce"
+    """Which agent; set by the preset."""
+    objective_scale: float = 1.0
+    """Weight of the representation's loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class R2Config(ContrastConfig):
+    """R2-Dreamer: redundancy reduction (Barlow Twins) instead of reconstruction."""
+
+    name: str = "r2"
+    """Which agent; set by the preset."""
+    objective_scale: float = 0.05
+    """Weight of the representation's loss."""
+    redundancy: float = 5e-4
+    """Weight of the correlation between different numbers of prediction and embedding."""

@@ -278,3 +278,36 @@ def normal_entropy(std: Tensor) -> Tensor:
 def unit_scale(action: Tensor) -> Tensor:
     """Divide element-wise by max(1, |a|), without gradient through the divisor (DreamerV3)."""
     return action / action.detach().abs().clamp_min(1.0)
+
+
+def barlow_twins(predicted: Tensor, target: Tensor, redundancy: float) -> Tensor:
+    """Return Σᵢ (Cᵢᵢ − 1)² + redundancy · Σᵢ≠ⱼ Cᵢⱼ² of the columns' correlation C, as a 0-d tensor.
+
+    As in R2-Dreamer's code: the deviation is the unbiased one and the product is divided by the
+    number of rows N, so C of equal columns is (N − 1) / N.
+
+    Args:
+        predicted: (N, E), with N ≥ 2.
+        target: (N, E).
+        redundancy: weight of what is off the diagonal.
+    """
+    x, y = ((z - z.mean(0)) / (z.std(0) + 1e-8) for z in (predicted, target))
+    square = (x.T @ y / x.shape[0]) ** 2
+    own = square.diagonal()
+    on = own - 2.0 * (x * y).mean(0) + 1.0
+    return on.sum() + redundancy * (square.sum() - own.sum())
+
+
+def pair_logits(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return how well every prediction fits every target: (N, E) twice → (N, N) products."""
+    return predicted @ target.T
+
+
+def own_row(logits: Tensor) -> Tensor:
+    """Return 0 … N−1: the target of each row of (N, N) is the one in its own place."""
+    return torch.arange(logits.shape[0], device=logits.device)
+
+
+def info_nce(logits: Tensor) -> Tensor:
+    """Return the cross-entropy (N,) of naming the own target of each row of (N, N) logits."""
+    return F.cross_entropy(logits, own_row(logits), reduction="none")

@@ -7,7 +7,15 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
 from dreamer.config import AgentConfig, V3Config
-from dreamer.earlier import ProConfig, ProV3Config, V1Config, V2Config, V3Of2023Config
+from dreamer.earlier import (
+    ContrastConfig,
+    ProConfig,
+    ProV3Config,
+    R2Config,
+    V1Config,
+    V2Config,
+    V3Of2023Config,
+)
 
 Config = TypeVar("Config")
 Widths = Mapping[str, int]
@@ -132,6 +140,8 @@ AGENTS: dict[str, Known] = {
     "v3": Known("dreamer.v3:DreamerV3", V3Config(), V3_SIZES),
     "pro": Known("dreamer.pro:DreamerPro", ProConfig(), PRO_SIZES),
     "pro-v3": Known("dreamer.pro:DreamerProV3", ProV3Config(), PRO_V3_SIZES),
+    "r2": Known("dreamer.contrast:R2Dreamer", R2Config(), V3_SIZES),
+    "infonce": Known("dreamer.contrast:InfoNCEDreamer", ContrastConfig(), V3_SIZES),
 }
 
 

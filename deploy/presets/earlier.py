@@ -1,4 +1,4 @@
-"""Presets of the agents before DreamerV3 of 2025, with the numbers of their publications.
+"""Presets of the agents beside DreamerV3 of 2025, with the numbers of their publications.
 
 Their schedules are written as train ratios: V1 makes 100 updates of 50×50 steps every 1,000 frames,
 V2 one of 16×50 every 5 or 16 steps, DreamerPro one of 50×50 every 5.
@@ -77,6 +77,13 @@ _PRO = (
         "learner.batch_length": 50,
     }
 )
+_CONTRAST = {
+    "steps": 500_000,
+    "actors": 4,
+    "envs_per_actor": 4,
+    "train_ratio": 512.0,
+    "replay.capacity_steps": 500_000,
+}
 
 EARLIER_PRESETS: dict[str, Preset] = {
     "v1-dmc-vision": Preset(
@@ -210,5 +217,17 @@ EARLIER_PRESETS: dict[str, Preset] = {
             "train_ratio": 512.0,
             "replay.capacity_steps": 600_000,
         },
+    ),
+    "r2-dmc-vision": Preset(
+        summary="R2-Dreamer on DeepMind Control from 64x64 pixels: no decoder, no views.",
+        agent="r2",
+        size="12m",
+        values=_VISION | _CONTRAST,
+    ),
+    "infonce-dmc-vision": Preset(
+        summary="The same with InfoNCE in the place of redundancy reduction.",
+        agent="infonce",
+        size="12m",
+        values=_VISION | _CONTRAST,
     ),
 }

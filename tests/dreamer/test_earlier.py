@@ -119,6 +119,9 @@ def test_every_agent_trains_on_pixels_and_shows_pictures(name: str) -> None:
     batch = batch_of(agent)
     metrics, _ = agent.update(batch)
     assert all(torch.isfinite(value) for value in metrics.values())
+    if name in ("r2", "infonce"):
+        assert agent.open_loop(batch, context=2) == {}, "nothing decodes"
+        return
     (pictures,) = agent.open_loop(batch, context=2).values()
     assert pictures[0].shape == pictures[1].shape == (2, 6, 64, 64, 3)
 
@@ -141,7 +144,7 @@ def test_updates_stay_finite_under_extreme_data(name: str, size: str) -> None:
     assert all(torch.isfinite(param).all() for param in agent.parameters())
 
 
-@pytest.mark.parametrize("name", [name for name in EARLIER if name != "pro-v3"])
+@pytest.mark.parametrize("name", ["v1", "v2", "v3-2023", "pro"])
 @pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
 def test_each_optimiser_moves_its_own_parts(name: str, actions: ActionSpace) -> None:
     agent = build(name, VECTOR, actions)

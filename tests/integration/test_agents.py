@@ -26,6 +26,7 @@ CASES = {
     "v3-2023-dmc-proprio": "Pendulum-v1",
     "pro-dmc-vision": "CartPole-v1",
     "pro-v3-dmc-vision": "CartPole-v1",
+    "r2-dmc-vision": "CartPole-v1",
 }
 
 
@@ -55,5 +56,5 @@ def test_an_agent_trains_and_is_evaluated_as_its_paper_does(tmp_path: Path, pres
     dreamfleet("eval", str(run), "--episodes", "2", "--envs", "2")
     result = json.loads((run / "eval.json").read_text())
     assert len(result["episodes"]) == 2
-    samples = preset.startswith(("v3", "pro-v3"))
+    samples = preset.startswith(("v3", "pro-v3", "r2"))
     assert result["mode"] == ("sample" if samples else "greedy")

@@ -44,6 +44,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "v3": {"encoder.depth": 8, "decoder.depth": 8},
     "pro": {"cont": True, "slow_every": 20, "prototypes.freeze": 100, "prototypes.count": 64},
     "pro-v3": {"encoder.depth": 8, "prototypes.freeze": 100, "prototypes.count": 64},
+    "r2": {"encoder.depth": 8},
+    "infonce": {"encoder.depth": 8},
 }
 
 
