@@ -1,4 +1,4 @@
-"""Presets of the earlier agents on classic control: our own numbers, there are no published ones.
+"""Presets of all agents on small control tasks: our own numbers, there are no published ones.
 
 As in v3-cartpole the batches are small and the learning rates about ten times the published ones,
 because those take hours for so small a task. Windows may cross episodes for every agent: the first
@@ -20,6 +20,16 @@ _FAST = {
     "agent.optim.actor_lr": 3e-4,
     "agent.optim.critic_lr": 3e-4,
 }
+_BALANCE = _CARTPOLE | {
+    "env": "dmc:cartpole-balance",
+    "environment.action_repeat": 2,
+    "environment.obs": "vector",
+    "steps": 15_000,
+    "envs_per_actor": 2,
+    "train_ratio": 100.0,
+    "actor.isolation": "process",
+}
+_BALANCE_WITHOUT_ENDS = {"agent.cont": False}
 
 CONTROL_PRESETS: dict[str, Preset] = {
     "v1-cartpole": Preset(
@@ -43,5 +53,38 @@ CONTROL_PRESETS: dict[str, Preset] = {
         size="tiny",
         # Its critic starts at zero and is held by its slow copy: at 3e-4 its values lag behind.
         values=_CARTPOLE | _FAST | {"agent.optim.critic_lr": 1e-3},
+    ),
+    "v1-balance": Preset(
+        summary="DreamerV1 on cartpole-balance from vectors, within an hour of two CPU cores.",
+        agent="v1",
+        size="tiny",
+        values=_BALANCE | _FAST | _BALANCE_WITHOUT_ENDS,
+    ),
+    "v2-balance": Preset(
+        summary="DreamerV2 on the same, with the entropy and free nats of its DMC settings.",
+        agent="v2",
+        size="tiny",
+        values=_BALANCE
+        | _FAST
+        | _BALANCE_WITHOUT_ENDS
+        | {
+            "agent.free_nats": 1.0,
+            "agent.imagination.entropy": 1e-4,
+            "agent.reward": "identity",
+            "agent.slow_every": 20,
+        },
+    ),
+    "v3-2023-balance": Preset(
+        summary="DreamerV3 of January 2023 on the same.",
+        agent="v3-2023",
+        size="tiny",
+        values=_BALANCE | _FAST | {"agent.optim.critic_lr": 1e-3},
+    ),
+    "v3-balance": Preset(
+        summary="DreamerV3 (2025) on the same.",
+        agent="v3",
+        size="tiny",
+        values=_BALANCE
+        | {"replay.online": True, "agent.optim.lr": 4e-4, "agent.optim.warmup": 200},
     ),
 }
