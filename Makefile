@@ -16,10 +16,10 @@ SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs rehearse dashboards clean
+.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs rehearse dashboards dashboards-preview clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV_STAMP) ## install everything for development into .venv
 
@@ -66,6 +66,9 @@ rehearse: $(DEV_STAMP) ## start everything in docker-compose.yml without Docker,
 
 dashboards: $(DEV_STAMP) ## write the Grafana dashboards again from deploy/dashboards.py
 	$(BIN)/python -m deploy.dashboards
+
+dashboards-preview: $(DEV_STAMP) ## draw them from a live Prometheus into dashboards.html (ARGS="--prometheus http://host:9090 --minutes 10")
+	$(BIN)/python -m deploy.preview $(ARGS)
 
 clean: ## remove the virtual environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
