@@ -46,6 +46,7 @@ def test_training_is_submitted_as_a_job(tmp_path: Path, monkeypatch: pytest.Monk
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             dashboard_port=port,
+            dashboard_agent_listen_port=free_port(),
         )
         url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + DEADLINE_S
