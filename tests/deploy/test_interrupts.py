@@ -1,5 +1,9 @@
+import importlib
 import os
 import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +58,27 @@ def test_handlers_are_given_back() -> None:
     with Interrupts():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_in_the_middle_of_an_import_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM)"
+    (tmp_path / "imported_slowly.py").write_text(f"{sends}\ntime.sleep(0.3)\nwhole = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            importlib.import_module("imported_slowly")
+            time.sleep(5.0)
+    assert sys.modules.pop("imported_slowly").whole == 1
+    assert interrupts.exit_code == 143
+
+
+def test_a_signal_that_a_library_swallowed_ends_the_run_before_training() -> None:
+    trained = False
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted):
+            send(signal.SIGTERM)
+        with interrupts.graceful(lambda: None):
+            trained = True
+    assert not trained and interrupts.exit_code == 143
