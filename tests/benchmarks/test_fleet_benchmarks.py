@@ -9,6 +9,7 @@ from benchmarks import scaling, weights
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
+@pytest.mark.exhaustive
 def test_scaling_keeps_the_train_ratio_and_measures_what_actors_can_do() -> None:
     result = scaling.run(quick=True)
     assert [(row["limited"], row["actors"]) for row in result["rows"]] == [
@@ -24,6 +25,7 @@ def test_scaling_keeps_the_train_ratio_and_measures_what_actors_can_do() -> None
     assert len(scaling.table(result)) == 1 + len(result["rows"])
 
 
+@pytest.mark.exhaustive
 def test_weights_reach_every_reader_and_a_cache_asks_the_hub_once() -> None:
     result = weights.run(quick=True)
     rows = {(row["readers"], row["via"]): row for row in result["rows"]}
