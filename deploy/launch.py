@@ -127,7 +127,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
         stack.enter_context(listed(config, client, learner))
-        resume(learner, run)
+        count_on(learner, resume(learner, run))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
         with reporting(learner, lambda: heeded(config, run, fleet), run, f"{config.env} · {run}"):
@@ -441,7 +441,7 @@ def listed(config: TrainConfig, client: ReplayClient, learner: Learner) -> Itera
         yield
 
 
-def resume(learner: Learner, run: Path) -> None:
+def resume(learner: Learner, run: Path) -> Checkpoint | None:
     """Rebuild the mirror from the log, and continue from the newest valid checkpoint if any."""
     from learner.checkpoint import load_newest
 
@@ -450,15 +450,8 @@ def resume(learner: Learner, run: Path) -> None:
         mirror.wait(1.0)
         learner.recorder.score(mirror.absorb())
     saved = load_newest(run / "checkpoints")
-    if saved is not None:
-        continue_from(learner, saved)
-    # Closed by `create_replay`, or by a learner that died while it put back what was lost.
-    learner.client.restored(learner.fence)
-
-
-def continue_from(learner: Learner, saved: Checkpoint) -> None:
-    """Continue from a checkpoint, and count on if the replay that belongs to it is gone."""
-    mirror = learner.mirror
+    if saved is None:
+        return None
     for reason in saved.skipped:
         log.warning("checkpoint_skipped the previous one is used: %s", reason)
     learner.restore(saved)
@@ -469,7 +462,14 @@ def continue_from(learner: Learner, saved: Checkpoint) -> None:
         learner.env_steps,
         mirror.size_steps,
     )
-    if not learner.client.stats().committed_chunks:
+    return saved
+
+
+def count_on(learner: Learner, saved: Checkpoint | None) -> None:
+    """Open the replay, counting on from a checkpoint if the replay that belongs to it is gone."""
+    if saved is None:
+        pass
+    elif not learner.client.stats().committed_chunks:
         learner.continue_account(saved.manifest["env_steps"])
     elif learner.env_steps < saved.manifest["env_steps"]:
         log.warning(
@@ -478,6 +478,8 @@ def continue_from(learner: Learner, saved: Checkpoint) -> None:
             saved.manifest["env_steps"],
             learner.env_steps,
         )
+    # Closed by `create_replay`, or by a learner that died while it put back what was lost.
+    learner.client.restored(learner.fence)
 
 
 def heeded(config: TrainConfig, run: Path, fleet: Crew) -> list[dict[str, Any]]:

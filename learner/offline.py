@@ -60,10 +60,6 @@ class NoServer:
     def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> None:
         """Do nothing."""
 
-    def restored(self, fence: int) -> int:
-        """Return 0 steps: nothing was put back, and nothing waits for it."""
-        return 0
-
     def memory(self) -> tuple[int, int]:
         """Return 0 used bytes of no limit: the server's memory is its owner's to watch."""
         return 0, 0
