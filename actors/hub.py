@@ -114,6 +114,7 @@ class WeightHub:
         return {"version": list(self._version), **self._counts, "pid": os.getpid()}
 
     def _watch(self, idle_s: float) -> None:
+        # Only time ends this wait: a hub that is stopped is killed, and this thread with it.
         while time.monotonic() - self._called_at < idle_s:
             time.sleep(min(1.0, idle_s / 4))
         log.error("hub_orphaned nobody has asked for %.0f s: the hub ends", idle_s)

@@ -109,6 +109,7 @@ def end_named(name: str, namespace: str) -> bool:
         return False
     ray.kill(handle, no_restart=True)
     deadline = time.monotonic() + _GONE_S
+    # Ray tells nobody when a name has become free.
     while name in names_in(namespace):
         if time.monotonic() > deadline:
             raise TimeoutError(

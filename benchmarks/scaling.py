@@ -7,7 +7,6 @@ ratio work together. `python -m benchmarks.scaling --help`.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
@@ -316,16 +315,11 @@ def _spec(client: ReplayClient, schema: Schema) -> ActorSpec:
 
 def main() -> None:
     """Measure, show the table, and keep the numbers if that is asked for."""
-    from deploy.bench import machine, shown
-    from deploy.progress import console
+    from deploy.bench import report
 
     options = tyro.cli(ScalingOptions, description=ScalingOptions.__doc__)
     result = run(counts=options.actors, seconds=options.seconds)
-    console().print(shown("scaling", table(result)))
-    console().print(f"load at the beginning {result['load']:.1f}")
-    if options.json is not None:
-        content = {"machine": machine(), "scaling": result}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    report("scaling", result, table(result), options.json)
 
 
 if __name__ == "__main__":

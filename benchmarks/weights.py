@@ -6,7 +6,6 @@ policies are left out. `python -m benchmarks.weights --help`.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import threading
@@ -234,16 +233,11 @@ def _cache(hub: Any) -> Any:
 
 def main() -> None:
     """Measure, show the table, and keep the numbers if that is asked for."""
-    from deploy.bench import machine, shown
-    from deploy.progress import console
+    from deploy.bench import report
 
     options = tyro.cli(WeightsOptions, description=WeightsOptions.__doc__)
     result = run(sizes=options.sizes, readers=options.readers, rounds=options.rounds)
-    console().print(shown("weights", table(result)))
-    console().print(f"load at the beginning {result['load']:.1f}")
-    if options.json is not None:
-        content = {"machine": machine(), "weights": result}
-        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    report("weights", result, table(result), options.json)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,21 @@ def _processor() -> str:
     return next(models, platform.processor())
 
 
+def report(title: str, result: dict[str, Any], rows: list[list[str]], file: Path | None) -> None:
+    """Show what a benchmark that runs by itself has found, and keep it if there is a file for it.
+
+    Args:
+        title: of the table, and the key in the file.
+        result: all numbers, with the machine's ``load`` at the beginning.
+        rows: a header and rows of text.
+        file: where to keep the numbers.
+    """
+    console().print(shown(title, rows))
+    console().print(f"load at the beginning {result['load']:.1f}")
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine(), title: result}, indent=2) + "\n")
+
+
 def shown(title: str, content: Table | list[list[str]]) -> Table:
     """Return a table; benchmarks give one, or a header and rows of text."""
     if isinstance(content, Table):

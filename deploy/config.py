@@ -26,6 +26,7 @@ _HEADER = """\
 # directory continues with it; `dreamfleet train --help` says what every field means.
 """
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_SEVERAL = re.compile(r"[,;](redis|rediss|unix)://")
 _REDIS = re.compile(r"embedded|(redis|rediss|unix)://\S+")
 _RAY = re.compile(r"local|auto|[\w.-]+:\d+")
 
@@ -117,6 +118,11 @@ class TrainConfig:
                 "--redis holds a password, which the process list and config.yaml would show: "
                 "put it in a file of mode 0600, and give --replay.password-file FILE and the "
                 "address without it (redis://user@host:port)"
+            )
+        if _SEVERAL.search(self.redis):
+            raise ConfigError(
+                f"--redis {self.redis} names several servers, and a replay has one: give one "
+                "address"
             )
         if self.updates is not None and (self.offline is None or self.updates < 1):
             raise ConfigError(

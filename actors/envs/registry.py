@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from actors.envs.config import EnvConfig
@@ -45,7 +44,7 @@ def make_env(env_id: str, config: EnvConfig, seed: int | None = None) -> Env:
     suite, _, name = env_id.partition(":")
     resized: int | None = None
     if suite in _SUITES:
-        raw = _suite(suite)(name, config)
+        raw = _from_suite(suite, name, config)
     else:
         from actors.envs.generic import make
 
@@ -70,15 +69,16 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def _suite(suite: str) -> Callable[[str, EnvConfig], RawEnv]:
+def _from_suite(suite: str, name: str, config: EnvConfig) -> RawEnv:
     module, extra = _SUITES[suite]
     try:
-        make: Callable[[str, EnvConfig], RawEnv] = importlib.import_module(module).make
+        # Some libraries are imported only when an environment is made.
+        raw: RawEnv = importlib.import_module(module).make(name, config)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in _LIBRARIES:
             raise
         raise EnvError(
-            f"{suite}: environments need {error.name}, which is not installed; "
-            f"run `pip install 'dreamfleet[{extra}]'`"
+            f"{suite}: environments need {error.name}, which is not installed; run `make setup` "
+            f"in a clone, or `pip install 'dreamfleet[{extra}]'`"
         ) from error
-    return make
+    return raw

@@ -1,5 +1,6 @@
 """Adapters against the real environments."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -289,3 +290,12 @@ def test_spaces_can_be_asked_for_alone() -> None:
 def test_bad_choice_is_refused(choices: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EnvConfig(**choices)
+
+
+def test_a_library_that_is_missing_is_named_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What importing finds where it is not installed; the suite imports it when it makes one.
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    with pytest.raises(EnvError, match=r"need dm_control.*make setup.*dreamfleet\[dmc\]"):
+        make_env("dmc:cartpole-balance", EnvConfig())

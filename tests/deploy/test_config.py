@@ -99,6 +99,7 @@ def test_every_field_of_the_tree_has_a_meaning() -> None:
         ({"train_ratio": float("nan")}, "--train-ratio"),
         ({"env": ""}, "--env is empty"),
         ({"device": "gpu"}, "--device must be auto, cpu, cuda"),
+        ({"redis": "redis://a:1,redis://b:2"}, "names several servers, and a replay has one"),
         ({"redis": "localhost:6379"}, "--redis must be embedded, redis://"),
         ({"ray": "ray://head:10001"}, "--ray must be local, auto or"),
         ({"steps": 100}, "--steps 100 ends the run before training starts"),
