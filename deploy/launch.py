@@ -388,7 +388,7 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
 
 
 def create_replay(client: ReplayClient, schema: Schema, limits: Limits, run: Path) -> None:
-    """Create the replay; if the run has lost the one it had, closed to actors until `resume`."""
+    """Create the replay; if the run has lost the one it had, closed to actors until `count_on`."""
     from learner.checkpoint import newest_fence
 
     continued = newest_fence(run / "checkpoints") > 0
@@ -467,17 +467,17 @@ def resume(learner: Learner, run: Path) -> Checkpoint | None:
 
 def count_on(learner: Learner, saved: Checkpoint | None) -> None:
     """Open the replay, counting on from a checkpoint if the replay that belongs to it is gone."""
-    if saved is None:
-        pass
-    elif not learner.client.stats().committed_chunks:
-        learner.continue_account(saved.manifest["env_steps"])
-    elif learner.env_steps < saved.manifest["env_steps"]:
-        log.warning(
-            "replay_lost the checkpoint was made at %d environment steps and the replay has seen "
-            "%d: training waits until actors have made up for them",
-            saved.manifest["env_steps"],
-            learner.env_steps,
-        )
+    if saved is not None:
+        before = saved.manifest["env_steps"]
+        if not learner.client.stats().committed_chunks:
+            learner.continue_account(before)
+        elif learner.env_steps < before:
+            log.warning(
+                "replay_lost the checkpoint was made at %d environment steps and the replay has "
+                "seen %d: training waits until actors have made up for them",
+                before,
+                learner.env_steps,
+            )
     # Closed by `create_replay`, or by a learner that died while it put back what was lost.
     learner.client.restored(learner.fence)
 

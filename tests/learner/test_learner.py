@@ -15,7 +15,7 @@ import pytest
 import redis
 import torch
 
-from deploy.launch import create_replay, resume, take_fence
+from deploy.launch import count_on, create_replay, resume, take_fence
 from dreamer.agent import Agent, make_agent, record_columns
 from dreamer.presets import agent_config
 from dreamer.spaces import DiscreteAction, ImageSpec, VectorSpec
@@ -325,7 +325,7 @@ def test_a_learner_that_finds_an_empty_server_counts_on(
         # An actor that has outlived the first learner must not begin the log before it can count.
         early = second.client.insert(second.schema, "actor-0@1", 1, 16, b"early")
         assert early.code == "NONE"
-        resume(second.learner, tmp_path)
+        count_on(second.learner, resume(second.learner, tmp_path))
         assert second.learner.env_steps == first.learner.env_steps == 208
         with writing(second, 192):
             assert second.learner.run() == "finished"
