@@ -446,9 +446,8 @@ def resume(learner: Learner, run: Path) -> Checkpoint | None:
     from learner.checkpoint import load_newest
 
     mirror = learner.mirror
-    while not mirror.caught_up:
-        mirror.wait(1.0)
-        learner.recorder.score(mirror.absorb())
+    for episodes in mirror.rebuild():
+        learner.recorder.score(episodes)
     saved = load_newest(run / "checkpoints")
     if saved is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from replay_service.chunk import Chunk, EpisodeEnd, EpisodeSummary
 from replay_service.client import LogEntry
 from replay_service.config import SamplingConfig
-from replay_service.errors import ReplayEmpty
+from replay_service.errors import ReplayEmpty, ReplayMissing, ReplayTimeout, ReplayUnavailable
 from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
 from replay_service.sampler import Sampler
@@ -230,6 +231,43 @@ class Mirror:
         newest = self._client.last_log_id()
         self._target = _order(newest) if newest else (0, 0)
         self._tail.start()
+
+    def rebuild(self, patience_s: float = 60.0) -> Iterator[list[EpisodeEvent]]:
+        """Absorb everything that the log held at `start`, yielding what `absorb` returns.
+
+        Blocks while chunks arrive, and for `patience_s` after the last one.
+
+        Raises:
+            ReplayMissing: the server has lost its log since.
+            ReplayTimeout: nothing has come for `patience_s`.
+            ReplayError: if the log cannot be read for a reason that waiting does not mend.
+        """
+        deadline = time.monotonic() + patience_s
+        while not self.caught_up:
+            if self.wait(1.0):
+                deadline = time.monotonic() + patience_s
+            yield self.absorb()
+            if not self.caught_up and not self.trouble:
+                self._ask_for_log()
+            if time.monotonic() > deadline:
+                raise ReplayTimeout(
+                    f"the mirror is {self.rebuild_share:.0%} rebuilt, and the server has sent "
+                    f"nothing for {patience_s:.0f} s ({self.trouble or 'it gives no reason'}); "
+                    "look after the server, then start again: nothing is lost"
+                )
+
+    def _ask_for_log(self) -> None:
+        """Raise if the log does not reach any more to where it did at `start`."""
+        try:
+            newest = self._client.last_log_id()
+        except ReplayUnavailable:
+            return  # the tail meets it too, says so, and tries again
+        if newest is None or _order(newest) < self._target:
+            raise ReplayMissing(
+                "the server has lost its data while the mirror was rebuilt from it "
+                f"({self.rebuild_share:.0%} done); start again to continue from "
+                "the newest checkpoint with a new replay"
+            )
 
     def stop(self) -> None:
         """Stop following the log; what was absorbed stays readable."""

@@ -32,5 +32,6 @@ def test_the_server_says_how_much_memory_it_uses(
     before, limit = client.memory()
     assert limit == server.max_memory_bytes and before > 0
     with redis.Redis.from_url(server.url) as admin:
-        admin.set("filler", bytes(10**6))
-    assert client.memory()[0] >= before + 10**6
+        admin.set("filler", bytes(10**7))
+    # The server may have freed a buffer of a connection in between.
+    assert client.memory()[0] >= before + 9 * 10**6

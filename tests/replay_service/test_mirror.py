@@ -23,6 +23,8 @@ from replay_service import (
     ReplayConfig,
     ReplayEmpty,
     ReplayFenced,
+    ReplayMissing,
+    ReplayTimeout,
     SamplingConfig,
     Uploader,
     encode_chunk,
@@ -449,6 +451,46 @@ def test_tail_that_cannot_go_on_is_raised_in_the_learner(tmp_path: Path) -> None
             with pytest.raises(ReplayAuthError):
                 mirror.absorb()
             assert mirror.size_steps == 16
+        client.close()
+
+
+@pytest.fixture
+def half_rebuilt(client: ReplayClient) -> Iterator[Mirror]:
+    """A mirror that has fetched two of twenty chunks and waits for room."""
+    client.create(SCHEMA, UNBOUNDED)
+    insert_many(client, 0, 20)
+    with following(client, queue_bytes=16 * SCHEMA.step_bytes) as mirror:
+        assert mirror.wait(5)
+        yield mirror
+
+
+def test_rebuilding_yields_the_episodes_of_the_log_and_ends(half_rebuilt: Mirror) -> None:
+    episodes = [event for events in half_rebuilt.rebuild() for event in events]
+    assert half_rebuilt.size_steps == 160 and half_rebuilt.rebuild_share == 1.0
+    assert all(event.env_steps <= 160 for event in episodes)
+
+
+def test_rebuilding_ends_if_the_server_loses_its_data(
+    half_rebuilt: Mirror, server: EmbeddedServer
+) -> None:
+    with redis.Redis.from_url(server.url) as admin:
+        admin.flushall()
+    with pytest.raises(ReplayMissing, match="lost its data .* start again"):
+        for _ in half_rebuilt.rebuild():
+            pass
+
+
+def test_rebuilding_gives_a_silent_server_up(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path, max_memory_bytes=2**26) as silent:
+        client = ReplayClient(silent.url, timeout_s=2.0)
+        client.create(SCHEMA, UNBOUNDED)
+        insert_many(client, 0, 300)  # more than are read at a time
+        with following(client, queue_bytes=16 * SCHEMA.step_bytes) as mirror:
+            assert mirror.wait(5)
+            silent.stop()
+            with pytest.raises(ReplayTimeout, match="sent nothing for 1 s .*cannot be used"):
+                for _ in mirror.rebuild(patience_s=1.0):
+                    pass
         client.close()
 
 
