@@ -207,6 +207,9 @@ class V3Of2023Config(AgentConfig):
     """Weight of the KL that trains the prior."""
     rep_scale: float = 0.1
     """Weight of the KL that trains the posterior."""
+    continuation: Literal["mode", "probability"] = "mode"
+    """How imagination reads the continuation head: as 0 or 1, whichever is likelier (as published),
+    or as the probability, with which ends that the model is unsure of count in part."""
     slow_rate: float = 0.02
     """Share of the fast critic moved into the slow critic after every update."""
     slow_regulariser: float = 1.0

@@ -153,9 +153,12 @@ class DreamerV3Of2023(Agent):
 
     @torch.no_grad()
     def continues(self, batch: Batch, feature: Tensor) -> Tensor:
-        """Return 0 or 1 (N, H+1): true where a trajectory starts, the head's mode after."""
+        """Return (N, H+1) in [0, 1]: the truth where a trajectory starts, the head after that."""
         true = (~batch.is_terminal).float().reshape(-1, 1)
-        return torch.cat([true, (self.cont(feature[:, 1:]).mean() > 0.5).float()], 1)
+        imagined = self.cont(feature[:, 1:]).mean()
+        if self.config.continuation == "mode":
+            imagined = (imagined > 0.5).float()
+        return torch.cat([true, imagined], 1)
 
     def scale(self, loss: str) -> float:
         """Return the weight of a loss."""

@@ -285,9 +285,12 @@ def test_an_episode_that_ended_teaches_v2_nothing_after_its_end() -> None:
     assert losses["value"][ended, 0] != 0 and not losses["value"][ended, 1:].any()
 
 
+@pytest.mark.parametrize("continuation", ["mode", "probability"])
 @pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
-def test_behaviour_of_v3_of_2023_equals_its_equations_written_out(actions: ActionSpace) -> None:
-    agent: Any = build("v3-2023", VECTOR, actions)
+def test_behaviour_of_v3_of_2023_equals_its_equations_written_out(
+    actions: ActionSpace, continuation: str
+) -> None:
+    agent: Any = build("v3-2023", VECTOR, actions, continuation=continuation)
     for head in (agent.reward, agent.critic, agent.slow_critic):
         nn.init.normal_(head.out.weight)
     batch = batch_of(agent)
@@ -296,7 +299,8 @@ def test_behaviour_of_v3_of_2023_equals_its_equations_written_out(actions: Actio
     reward, value, slow = (
         numbers(head(feature).mean()) for head in (agent.reward, agent.critic, agent.slow_critic)
     )
-    live = (numbers(agent.cont(feature).mean()) > 0.5).astype(float)
+    live = numbers(agent.cont(feature).mean())
+    live = (live > 0.5).astype(float) if continuation == "mode" else live
     live[:, 0] = 1 - batch.is_terminal.flatten().numpy()
     live = live * (1 - 1 / 333)
     returns = np.zeros((len(live), 15))
