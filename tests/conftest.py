@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,3 +31,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """Remember the outcome for `_leave`."""
+    _outcome.append(int(exitstatus))
+
+
+_outcome: list[int] = []
+
+
+@atexit.register
+def _leave() -> None:
+    """End without taking native libraries down. Registered first, so it runs after all others.
+
+    The process of the tests has Mesa, SDL, MuJoCo and gRPC in it, as none of the product has, and
+    their threads now and then crash in the teardown when every test has passed.
+    """
+    if _outcome:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_outcome[-1])
