@@ -39,6 +39,8 @@ from replay_service import (
     Schema,
     Uploader,
     address_for,
+    shard_of,
+    split_addresses,
 )
 
 log = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ class ActorSpec:
     replay: ReplayConfig
     """Chunk size and limits of the writers."""
     replay_url: str
-    """Address of the replay server."""
+    """Address of the replay server, or of several."""
     seed: int = 0
     """Seed of the run; every environment and policy draws its own from it."""
     policy: str = "dreamer.policy:Policy"
@@ -315,7 +317,10 @@ class ActorProcess:
         schema = Schema.from_dict(spec.schema)
         # Chunks that depend on the clock would make runs in lockstep differ.
         config = replace(spec.replay, flush_age_s=math.inf) if spec.lockstep else spec.replay
-        client = ReplayClient(address_for(spec.replay_url, spec.replay, "actor"))
+        # The streams of an actor share a shard: its environments step together, so that one of them
+        # that had to wait would hold up the others.
+        url = shard_of(f"{spec.run}-a{spec.slot}", split_addresses(spec.replay_url))
+        client = ReplayClient(address_for(url, spec.replay, "actor"))
         stack.callback(client.close)
         names = [f"{spec.run}-a{spec.slot}-e{index}" for index in range(spec.envs)]
         while True:

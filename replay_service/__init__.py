@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from replay_service.audit import Violation
     from replay_service.budgets import ByteBudget
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
-    from replay_service.client import InsertReply, LogEntry, ReplayClient, ReplayStats
+    from replay_service.client import InsertReply, LogEntry, ReplayClient
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
+    from replay_service.counters import ReplayStats
     from replay_service.endpoint import MetricsEndpoint
     from replay_service.errors import (
         ChunkError,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from replay_service.schema import Column, Schema
     from replay_service.security import address_for, has_password, with_absolute_paths
     from replay_service.server import EmbeddedServer
+    from replay_service.sharded import ShardedClient
+    from replay_service.shards import BudgetSplit, shard_of, split_addresses
     from replay_service.writer import ChunkWriter, Uploader, UploadStats
 
 _HOMES = {
@@ -48,8 +51,9 @@ _HOMES = {
     "audit": ("Violation",),
     "budgets": ("ByteBudget",),
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
-    "client": ("InsertReply", "LogEntry", "ReplayClient", "ReplayStats"),
+    "client": ("InsertReply", "LogEntry", "ReplayClient"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
+    "counters": ("ReplayStats",),
     "endpoint": ("MetricsEndpoint",),
     "errors": (
         "ChunkError",
@@ -76,6 +80,8 @@ _HOMES = {
     "schema": ("Column", "Schema"),
     "security": ("address_for", "has_password", "with_absolute_paths"),
     "server": ("EmbeddedServer",),
+    "sharded": ("ShardedClient",),
+    "shards": ("BudgetSplit", "shard_of", "split_addresses"),
     "writer": ("ChunkWriter", "UploadStats", "Uploader"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -83,6 +89,7 @@ _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names
 __all__ = [
     "Archive",
     "ArchiveLog",
+    "BudgetSplit",
     "ByteBudget",
     "CheckReport",
     "ChunkError",
@@ -118,6 +125,7 @@ __all__ = [
     "SamplingConfig",
     "Schema",
     "ServerLog",
+    "ShardedClient",
     "UploadStats",
     "Uploader",
     "Violation",
@@ -134,6 +142,8 @@ __all__ = [
     "has_password",
     "import_archive",
     "plan_limits",
+    "shard_of",
+    "split_addresses",
     "with_absolute_paths",
 ]
 

@@ -42,7 +42,8 @@ from replay_service.chunk import (
     decode_chunk,
     stream_id,
 )
-from replay_service.client import LogEntry, ReplayClient, ReplayStats
+from replay_service.client import LogEntry, ReplayClient
+from replay_service.counters import ReplayStats
 from replay_service.errors import (
     ReplayConfigError,
     ReplayEmpty,

@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from redis.retry import Retry
 
 from replay_service.chunk import max_blob_bytes
 from replay_service.config import Limits
+from replay_service.counters import ReplayStats, highest_incarnation
 from replay_service.errors import (
     ReplayConfigError,
     ReplayFenced,
@@ -76,67 +76,6 @@ class StreamEnd(NamedTuple):
     """Whether no writer will continue it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReplayStats:
-    """Counters of one server, read at one instant."""
-
-    inserted_steps: int
-    size_steps: int
-    size_bytes: int
-    chunks: int
-    evicted_steps: int
-    committed_chunks: int
-    replayed_steps: int
-    budget_steps: int
-    fence: int
-    epoch: int
-    capacity_steps: int
-    capacity_bytes: int
-    min_size_steps: int
-    inserted_bytes: int
-    """Of committed chunks, as they are stored."""
-    duplicates: int
-    """Inserts of chunks that were there already."""
-    gaps: int
-    """Inserts refused because an earlier chunk of the stream was missing."""
-    waits: int
-    """Inserts put off because the train ratio admitted no more."""
-    born: int
-    """Epoch in which the replay was created; a replay that was lost and made anew has another."""
-
-    @property
-    def insert_credit_steps(self) -> int | None:
-        """Steps that may still be inserted, or None below the minimum size (no bound yet)."""
-        if self.size_steps < self.min_size_steps:
-            return None
-        return max(self.budget_steps - self.inserted_steps, 0)
-
-
-_STATS_FIELDS = {
-    "inserted_steps": "inserted",
-    "size_steps": "size",
-    "size_bytes": "bytes",
-    "chunks": "chunks",
-    "evicted_steps": "evicted",
-    "committed_chunks": "committed",
-    "replayed_steps": "sampled",
-    "budget_steps": "budget",
-    "fence": "fence",
-    "epoch": "epoch",
-    "capacity_steps": "cap_steps",
-    "capacity_bytes": "cap_bytes",
-    "min_size_steps": "min_size",
-}
-_LATER_FIELDS = {
-    "inserted_bytes": "inserted_bytes",
-    "duplicates": "dups",
-    "gaps": "gaps",
-    "waits": "waits",
-    "born": "born",
-}
-"""Counters that appear with what they count."""
-
-
 class ReplayClient:
     """A connection pool to one replay server.
 
@@ -180,14 +119,7 @@ class ReplayClient:
             ReplayAuthError, ReplayUnavailable, ReplayTimeout: as their names say.
             ReplayConfigError: if it is no Redis-protocol server, or too old a one.
         """
-        # Connecting and the first answer may each stall: together they must keep the deadline.
-        probe = _connect(self.url, self.timeout_s * 0.45, self.timeout_s * 0.45)
-        try:
-            info: dict[str, Any] = probe.info("server")
-        except redis.exceptions.RedisError as error:
-            raise translate(error, self.address) from error
-        finally:
-            probe.close()
+        info = self._server_info()
         version = str(info.get("redis_version", "0"))
         if tuple(int(part) for part in version.split(".")[:2]) < MIN_VERSION:
             raise ReplayConfigError(
@@ -196,13 +128,36 @@ class ReplayClient:
             )
         return version
 
-    def create(self, schema: Schema, limits: Limits, *, token: str | None = None) -> bool:
+    def server_id(self) -> str:
+        """Return what tells this life of the server from every other server's, as `check` does."""
+        return str(self._server_info().get("run_id", self.address))
+
+    def _server_info(self) -> dict[str, Any]:
+        # Connecting and the first answer may each stall: together they must keep the deadline.
+        probe = _connect(self.url, self.timeout_s * 0.45, self.timeout_s * 0.45)
+        try:
+            info: dict[str, Any] = probe.info("server")
+        except redis.exceptions.RedisError as error:
+            raise translate(error, self.address) from error
+        finally:
+            probe.close()
+        return info
+
+    def create(
+        self,
+        schema: Schema,
+        limits: Limits,
+        *,
+        token: str | None = None,
+        incarnations_from: int = 0,
+    ) -> bool:
         """Create the replay, or update the limits of the one that exists.
 
         Args:
             schema: the columns; must equal those of an existing replay.
             limits: what the server enforces. Its budget only counts for a new replay.
             token: of whoever will put something back: a new replay takes nothing else until then.
+            incarnations_from: lowest incarnation of streams that begin from now on.
 
         Returns:
             Whether the replay is new.
@@ -224,6 +179,7 @@ class ReplayClient:
             limits.budget_steps,
             limits.max_chunk_steps,
             max_blob_bytes(schema, limits.max_chunk_steps),
+            incarnations_from,
             *([token] if token else []),
         )
         if reply[0] == b"SCHEMA":
@@ -422,13 +378,17 @@ class ReplayClient:
             raise self._missing()
         return int(reply[1])
 
-    def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> tuple[int, int]:
+    def settle(
+        self, fence: int, replayed_steps: int, budget_steps: int, *, turn: int = 0
+    ) -> tuple[int, int]:
         """Publish how much has been replayed, and how many inserts that pays for.
 
         Args:
             fence: from `acquire_fence`.
             replayed_steps: total since the start; smaller values than before are ignored.
             budget_steps: total of inserted steps that may be reached.
+            turn: number of the call among those of this fence to this server, from 1; a call that
+                arrives after one with a higher number changes nothing. 0 leaves that out.
 
         Returns:
             Inserted steps and size in steps, as the server counts them.
@@ -437,7 +397,7 @@ class ReplayClient:
             ReplayFenced: if a newer fence exists.
         """
         keys = [self._meta, self._wake]
-        reply = self._fcall("replay_settle", keys, fence, replayed_steps, budget_steps)
+        reply = self._fcall("replay_settle", keys, fence, replayed_steps, budget_steps, turn)
         self._refuse(fence, reply)
         return int(reply[1]), int(reply[2])
 
@@ -446,16 +406,20 @@ class ReplayClient:
         wait_ms = max(int(min(timeout_s, self.timeout_s / 2) * 1000), 1)
         return bool(self._command("XREAD", "BLOCK", wait_ms, "STREAMS", self._wake, after))
 
+    def highest_incarnation(self) -> int:
+        """Return an incarnation that no stream of this server exceeds, 0 without a replay."""
+        return highest_incarnation(self._counters())
+
     def stats(self) -> ReplayStats:
         """Read all counters at one instant."""
-        flat = self._fcall("replay_stats", [self._meta])
-        values = dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
+        values = self._counters()
         if not values:
             raise self._missing()
-        return ReplayStats(
-            **{name: int(values[key]) for name, key in _STATS_FIELDS.items()},
-            **{name: int(values.get(key, 0)) for name, key in _LATER_FIELDS.items()},
-        )
+        return ReplayStats.of(values)
+
+    def _counters(self) -> dict[str, bytes]:
+        flat = self._fcall("replay_stats", [self._meta])
+        return dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
 
     def register(self, process: str, live_ms: int, text: str) -> None:
         """Keep where a process serves metrics for `live_ms` of the server's time; 0 forgets it."""

@@ -156,7 +156,7 @@ class Limits:
     capacity_bytes: int
     """Bytes of chunks above which the oldest chunks are evicted."""
     min_size_steps: int = 1
-    """Inserts are always admitted below this size."""
+    """Inserts are always admitted below this size; 0 leaves all to the budget."""
     budget_steps: int = UNLIMITED_BUDGET
     """Inserted steps admitted until the first settlement (a later one replaces it)."""
     max_chunk_steps: int = MAX_CHUNK_STEPS
@@ -165,7 +165,7 @@ class Limits:
     def __post_init__(self) -> None:
         _require_range("capacity_steps", self.capacity_steps, 1, 2**50)
         _require_range("capacity_bytes", self.capacity_bytes, 1, 2**50)
-        _require_range("min_size_steps", self.min_size_steps, 1, self.capacity_steps)
+        _require_range("min_size_steps", self.min_size_steps, 0, self.capacity_steps)
         _require_range("budget_steps", self.budget_steps, 0, 2**53)
         _require_range("max_chunk_steps", self.max_chunk_steps, 1, MAX_CHUNK_STEPS)
 

@@ -11,7 +11,8 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from replay_service.client import ReplayClient, ReplayStats
+from replay_service.client import ReplayClient
+from replay_service.counters import ReplayStats
 from replay_service.discovery import Target, live_targets
 from replay_service.endpoint import Answer
 from replay_service.errors import ReplayConfigError, ReplayError, ReplayUnavailable

@@ -81,8 +81,9 @@ local function claim(meta, sid)
 end
 
 -- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size, budget,
--- longest chunk, largest chunk in bytes, and for a replay whose contents are to be put back first
--- the token of whoever does (see restore). Repeating it only updates the limits.
+-- longest chunk, largest chunk in bytes, the lowest incarnation of streams that begin from now on,
+-- and for a replay whose contents are to be put back first the token of whoever does (see restore).
+-- Repeating it only updates the limits.
 local function create(keys, args)
   local meta = keys[1]
   local known = redis.call('HGET', meta, 'schema')
@@ -96,13 +97,16 @@ local function create(keys, args)
   end
   redis.call('HSET', meta, 'cap_steps', args[3], 'cap_bytes', args[4], 'min_size', args[5],
     'max_steps', args[7], 'max_bytes', args[8])
+  if int(args[9]) > int(redis.call('HGET', meta, 'incarnations_from')) then
+    redis.call('HSET', meta, 'incarnations_from', args[9])
+  end
   if known then
     ensure_epoch(meta)
   else
     new_epoch(meta)
     -- A replay that was lost and created again is told from the one before by this.
     redis.call('HSET', meta, 'born', booted[meta])
-    if args[9] then redis.call('HSET', meta, 'restoring', args[9]) end
+    if args[10] then redis.call('HSET', meta, 'restoring', args[10]) end
   end
   return {'OK', known and 0 or 1}
 end
@@ -254,7 +258,7 @@ end
 local function restore(keys, args)
   local meta, seqs, token = keys[1], keys[2], args[2]
   local m = redis.call('HMGET', meta, 'schema', 'fence', 'committed', 'restoring', 'restoring_to',
-    'born')
+    'born', 'incarnations_from')
   if not m[1] then return {'NONE'} end
   if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
   local begun = m[4] == token and m[5]
@@ -262,9 +266,10 @@ local function restore(keys, args)
     if int(m[3]) > 0 then return {'BUSY', int(m[3])} end
     local before = whole(int(args[3]) - int(args[4]))
     -- Of incarnations without any chunk nobody knows; no stream begins a new one every second.
+    local from = math.max(math.floor(int(m[6]) / 1000), int(m[7]))
     redis.call('HSET', meta, 'restoring', token, 'restoring_to', args[3], 'fence', args[1],
       'sampled', args[5], 'sampled_fence', args[1], 'budget', args[6], 'inserted', before,
-      'evicted', before, 'incarnations_from', whole(math.floor(int(m[6]) / 1000)))
+      'evicted', before, 'incarnations_from', whole(from))
   end
   local reply = {'OK'}
   for i = 7, #args, 4 do
@@ -290,17 +295,22 @@ local function restored(keys, args)
   return {'OK', int(m[3])}
 end
 
--- KEYS meta, wake; ARGV fence, replayed steps, budget. Replies: OK inserted size | FENCED fence | NONE.
--- A late or repeated call changes nothing; a new fence may move the account back. A fence above the
--- known one is that of a learner whose beginning a power cut took from the log: it stays in charge.
+-- KEYS meta, wake; ARGV fence, replayed steps, budget, turn. Replies: OK inserted size | FENCED fence
+-- | NONE. A late or repeated call changes nothing; a new fence may move the account back. A fence
+-- above the known one is that of a learner whose beginning a power cut took from the log: it stays in
+-- charge. One that shares a budget out over several servers numbers its calls to each from 1 on: a
+-- smaller budget, once acknowledged, is then not replaced by an earlier call that comes late.
 local function settle(keys, args)
   local meta = keys[1]
   local m = redis.call('HMGET', meta, 'schema', 'fence', 'sampled', 'sampled_fence', 'inserted',
-    'size')
+    'size', 'turn')
   if not m[1] then return {'NONE'} end
   if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
   if int(args[1]) > int(m[2]) then redis.call('HSET', meta, 'fence', args[1]) end
-  if int(m[4]) ~= int(args[1]) or int(args[2]) >= int(m[3]) then
+  local turn = int(args[4])
+  local late = int(args[2]) < int(m[3]) or (turn > 0 and turn <= int(m[7]))
+  if int(m[4]) ~= int(args[1]) or not late then
+    if turn > 0 then redis.call('HSET', meta, 'turn', args[4]) end
     local id = redis.call('XADD', keys[2], 'MAXLEN', 1, '*', 'budget', args[3])
     redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3],
       'wake', id)

@@ -32,8 +32,9 @@ from replay_service.admin import Deadline, ReplayAdmin, StreamState
 from replay_service.archive import Archive
 from replay_service.audit import Findings, Invariant, LogAudit, StreamSummary, Violation
 from replay_service.chunk import MAX_CHUNK_STEPS, decode_chunk
-from replay_service.client import LogEntry, ReplayClient, ReplayStats
+from replay_service.client import LogEntry, ReplayClient
 from replay_service.config import UNLIMITED_BUDGET
+from replay_service.counters import ReplayStats
 from replay_service.errors import ChunkError, ReplayUnavailable
 
 if TYPE_CHECKING:

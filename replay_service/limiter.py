@@ -36,6 +36,8 @@ class CreditLimiter:
         insert_tolerance: tol_i in replayed steps; None = max(4·m, 2·T·r).
         sample_tolerance: tol_s in replayed steps; None = the same.
         offset_steps: i0, steps inserted before the account starts; None = min_size_steps.
+        shards: servers that share the budget. Each must have room for a whole chunk while updates
+            wait for inserts, so that ``T`` above counts once for each, and two steps of rounding.
 
     Raises:
         ReplayConfigError: for a configuration that would deadlock or never train.
@@ -52,6 +54,7 @@ class CreditLimiter:
         insert_tolerance: int | None = None,
         sample_tolerance: int | None = None,
         offset_steps: int | None = None,
+        shards: int = 1,
     ) -> None:
         # A float goes through its shortest decimal, so that 0.1 means one tenth.
         self.train_ratio = Fraction(str(train_ratio))
@@ -61,26 +64,33 @@ class CreditLimiter:
         self.chunk_steps = chunk_steps
         self.min_size_steps = min_size_steps
         self.capacity_steps = capacity_steps
-        default = max(4 * batch_steps, math.ceil(2 * chunk_steps * self.train_ratio))
+        self.shards = shards
+        default = max(4 * batch_steps, math.ceil(2 * self.room_steps * self.train_ratio))
         self.tol_i = default if insert_tolerance is None else insert_tolerance
         self.tol_s = default if sample_tolerance is None else sample_tolerance
         self.i0 = min_size_steps if offset_steps is None else offset_steps
         self.reason = ""
         self._refuse_deadlocks()
 
+    @property
+    def room_steps(self) -> int:
+        """Steps of budget with which every shard, however it is split, admits a whole chunk."""
+        return self.chunk_steps if self.shards == 1 else self.shards * (self.chunk_steps + 2)
+
     def _refuse_deadlocks(self) -> None:
-        ratio, batch, chunk = self.train_ratio, self.batch_steps, self.chunk_steps
+        ratio, batch, chunk = self.train_ratio, self.batch_steps, self.room_steps
+        name = "chunk" if self.shards == 1 else "shards·(chunk + 2)"
         need = chunk * ratio + batch
         if self.tol_i + self.tol_s < need:
             raise ReplayConfigError(
                 f"the tolerances {self.tol_i} + {self.tol_s} = {self.tol_i + self.tol_s} are below "
-                f"chunk·ratio + batch = {chunk}·{ratio} + {batch} = {need}: inserts and updates "
+                f"{name}·ratio + batch = {chunk}·{ratio} + {batch} = {need}: inserts and updates "
                 f"would wait for each other; set tolerance_steps to {math.ceil(need / 2)} or more, "
                 "or lower chunk_steps"
             )
         if self.tol_i < chunk * ratio:
             raise ReplayConfigError(
-                f"the tolerance {self.tol_i} is below chunk·ratio = {chunk}·{ratio} = "
+                f"the tolerance {self.tol_i} is below {name}·ratio = {chunk}·{ratio} = "
                 f"{chunk * ratio}: a chunk could not be inserted while the account is balanced; "
                 "raise tolerance_steps or lower chunk_steps"
             )
@@ -88,11 +98,11 @@ class CreditLimiter:
             raise ReplayConfigError(
                 f"min_size_steps {self.min_size_steps} is below one batch, {batch} steps; raise it"
             )
-        if self.capacity_steps < self.min_size_steps + chunk:
+        if self.capacity_steps < self.min_size_steps + self.chunk_steps:
             raise ReplayConfigError(
                 f"capacity_steps {self.capacity_steps} is below min_size_steps + chunk_steps = "
-                f"{self.min_size_steps} + {chunk}: eviction could keep the replay below the size "
-                "at which training starts; raise capacity_steps"
+                f"{self.min_size_steps} + {self.chunk_steps}: eviction could keep the replay below "
+                "the size at which training starts; raise capacity_steps"
             )
 
     def replayed_steps(self, updates: int) -> int:
@@ -150,6 +160,7 @@ def plan_limits(
     batch_length: int,
     window_steps: int,
     streams: int,
+    shards: int = 1,
 ) -> tuple[Limits, CreditLimiter]:
     """Derive what the server enforces and the matching account from one configuration.
 
@@ -162,6 +173,7 @@ def plan_limits(
         batch_size, batch_length: of one update.
         window_steps: sampled length including context records.
         streams: environments that write at the same time.
+        shards: servers that they are spread over.
 
     Raises:
         ReplayConfigError: for a configuration that would deadlock or cannot hold enough.
@@ -183,6 +195,7 @@ def plan_limits(
         capacity_steps=config.capacity_steps - config.page_steps,
         insert_tolerance=config.tolerance_steps,
         sample_tolerance=config.tolerance_steps,
+        shards=shards,
     )
     need = max_blob_bytes(schema, config.chunk_steps) * (min_size // config.chunk_steps + 2)
     if config.log_bytes < need:

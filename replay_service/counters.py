@@ -1,0 +1,80 @@
+"""The counters of one replay server, as it keeps them and as they are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_STATS_FIELDS = {
+    "inserted_steps": "inserted",
+    "size_steps": "size",
+    "size_bytes": "bytes",
+    "chunks": "chunks",
+    "evicted_steps": "evicted",
+    "committed_chunks": "committed",
+    "replayed_steps": "sampled",
+    "budget_steps": "budget",
+    "fence": "fence",
+    "epoch": "epoch",
+    "capacity_steps": "cap_steps",
+    "capacity_bytes": "cap_bytes",
+    "min_size_steps": "min_size",
+}
+_LATER_FIELDS = {
+    "inserted_bytes": "inserted_bytes",
+    "duplicates": "dups",
+    "gaps": "gaps",
+    "waits": "waits",
+    "born": "born",
+}
+"""Counters that appear with what they count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayStats:
+    """Counters of one server, read at one instant."""
+
+    inserted_steps: int
+    size_steps: int
+    size_bytes: int
+    chunks: int
+    evicted_steps: int
+    committed_chunks: int
+    replayed_steps: int
+    budget_steps: int
+    fence: int
+    epoch: int
+    capacity_steps: int
+    capacity_bytes: int
+    min_size_steps: int
+    inserted_bytes: int
+    """Of committed chunks, as they are stored."""
+    duplicates: int
+    """Inserts of chunks that were there already."""
+    gaps: int
+    """Inserts refused because an earlier chunk of the stream was missing."""
+    waits: int
+    """Inserts put off because the train ratio admitted no more."""
+    born: int
+    """Epoch in which the replay was created; a replay that was lost and made anew has another."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, bytes]) -> ReplayStats:
+        """Return what the fields of a replay's hash say."""
+        return cls(
+            **{name: int(values[key]) for name, key in _STATS_FIELDS.items()},
+            **{name: int(values.get(key, 0)) for name, key in _LATER_FIELDS.items()},
+        )
+
+    @property
+    def insert_credit_steps(self) -> int | None:
+        """Steps that may still be inserted, or None below the minimum size (no bound yet)."""
+        if self.size_steps < self.min_size_steps:
+            return None
+        return max(self.budget_steps - self.inserted_steps, 0)
+
+
+def highest_incarnation(values: Mapping[str, bytes]) -> int:
+    """Return an incarnation that no stream of a replay exceeds, 0 if there is none."""
+    found = (int(value) for name, value in values.items() if name.startswith("incarnation"))
+    return max(found, default=0)

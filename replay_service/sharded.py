@@ -1,0 +1,287 @@
+"""The learner's calls to a replay that is spread over several servers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from replay_service.client import ReplayClient
+from replay_service.config import Limits
+from replay_service.counters import ReplayStats
+from replay_service.errors import ReplayConfigError, ReplayMissing, ReplayUnavailable
+from replay_service.schema import Schema
+from replay_service.shards import BudgetSplit
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 0.25
+"""Time in which a shard has to answer a settlement before the others go on without it."""
+RETRY_S = 0.5
+_BEGIN_MEANWHILE = 16
+"""Incarnations that streams may take while they are evened out over the shards."""
+
+
+class _Call(NamedTuple):
+    """A settlement under way."""
+
+    budget: int
+    answer: Future[tuple[int, int]]
+
+
+@dataclass
+class _Link:
+    """What is known of one shard."""
+
+    client: ReplayClient
+    thread: ThreadPoolExecutor
+    call: _Call | None = None
+    turn: int = 0
+    size_steps: int = 0
+    reason: str = ""
+    """Why it does not answer; empty while it does."""
+    since: float = 0.0
+    retry_at: float = 0.0
+    lost: bool = False
+    """Whether it answers and holds no replay any more."""
+
+
+class ShardedClient:
+    """What a learner does with a replay server, done with several that share the work.
+
+    Guarantees:
+        1. `settle` never waits for a shard that does not answer, apart from once `patience_s`;
+           `trouble` says which it is and for how long. The others go on.
+        2. The budgets of the shards never exceed the total together; see `BudgetSplit`.
+        3. A stream gets no incarnation on one shard that it had on another.
+        4. Every other call needs all shards, and raises if one is away.
+
+    `settle` is for one thread, `trouble` for any.
+
+    Args:
+        clients: of the shards, with the rights of a learner; they are closed with this.
+        chunk_steps: longest chunk that is inserted at once.
+        patience_s: see above.
+    """
+
+    def __init__(
+        self, clients: Sequence[ReplayClient], *, chunk_steps: int, patience_s: float = PATIENCE_S
+    ) -> None:
+        assert clients, "a replay needs a server"
+        self.clients = tuple(clients)
+        self.url = clients[0].url
+        self.address = ", ".join(client.address for client in clients)
+        self.timeout_s = max(client.timeout_s for client in clients)
+        self._chunk_steps, self._patience_s = chunk_steps, patience_s
+        self._min_size = 0
+        self._links = [_Link(client, _one_thread(at)) for at, client in enumerate(clients)]
+        self._split: BudgetSplit | None = None
+
+    def close(self) -> None:
+        """Close all connections; a call under way ends by itself."""
+        for link in self._links:
+            link.thread.shutdown(wait=False, cancel_futures=True)
+            link.client.close()
+
+    @property
+    def trouble(self) -> str:
+        """Which shards do not answer, why and for how many seconds; empty if all do."""
+        now = time.monotonic()
+        away = [link for link in self._links if link.reason]
+        return "; ".join(f"{link.reason} for {now - link.since:.0f} s" for link in away)
+
+    def is_away(self, shard: int) -> bool:
+        """Whether a shard did not answer the last settlement."""
+        return bool(self._links[shard].reason)
+
+    def lost(self) -> list[int]:
+        """Return the shards that answer and hold no replay any more."""
+        return [at for at, link in enumerate(self._links) if link.lost]
+
+    def reserved(self, shard: int) -> int:
+        """Return the budget of a shard as far as it may be in force."""
+        return self._shared().reserved(shard)
+
+    def create(self, schema: Schema, limits: Limits, *, token: str | None = None) -> bool:
+        """Create the replay on every shard, or update the limits; see `ReplayClient.create`.
+
+        Each gets the whole capacity, so that streams may be spread unevenly. The minimum size is
+        left to `settle`, which knows that of all together.
+
+        Returns:
+            Whether it is new on all of them.
+
+        Raises:
+            ReplayConfigError: two addresses lead to the same server.
+        """
+        self._require_distinct()
+        self._min_size = limits.min_size_steps
+        each = replace(limits, min_size_steps=0, budget_steps=0)
+        new = [client.create(schema, each, token=token) for client in self.clients]
+        if len(self.clients) > 1:
+            highest = max(client.highest_incarnation() for client in self.clients)
+            base = highest + 1 + _BEGIN_MEANWHILE
+            for client in self.clients:
+                client.create(schema, each, token=token, incarnations_from=base)
+        return all(new)
+
+    def acquire_fence(self, at_least: int = 0) -> int:
+        """Return a fence that is the newest on every shard; see `ReplayClient.acquire_fence`."""
+        fences = [client.acquire_fence(at_least) for client in self.clients]
+        while len(set(fences)) > 1:
+            top = max(fences)
+            fences = [
+                fence if fence == top else client.acquire_fence(top)
+                for client, fence in zip(self.clients, fences, strict=True)
+            ]
+        # From here on no other learner changes a budget.
+        self._split = self._found()
+        for link in self._links:
+            link.turn = 0
+        return fences[0]
+
+    def restored(self, fence: int) -> int:
+        """Let everybody insert again on every shard; return the inserted steps of all."""
+        return sum(client.restored(fence) for client in self.clients)
+
+    def stats(self) -> ReplayStats:
+        """Read all counters of all shards and add them up; fence and epochs are the newest."""
+        found = [client.stats() for client in self.clients]
+        newest = ("fence", "epoch", "born", "replayed_steps")
+        values = {
+            name: (max if name in newest else sum)(getattr(one, name) for one in found)
+            for name in ReplayStats.__dataclass_fields__
+        }
+        return ReplayStats(**values)
+
+    def memory(self) -> tuple[int, int]:
+        """Return bytes used and the limit of the shard that is the fullest."""
+        found = [client.memory() for client in self.clients]
+        return max(found, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
+
+    def register(self, process: str, live_ms: int, text: str) -> None:
+        """Keep where a process serves metrics, on the first shard."""
+        self.clients[0].register(process, live_ms, text)
+
+    def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> tuple[int, int]:
+        """Publish how much has been replayed, and share out the inserts that it pays for.
+
+        Blocks for at most about twice `patience_s`.
+
+        Args:
+            fence, replayed_steps: as for `ReplayClient.settle`.
+            budget_steps: total of inserted steps that all shards together may reach.
+
+        Returns:
+            Inserted steps and size over all shards, as far as they are known.
+
+        Raises:
+            ReplayFenced: if a newer fence exists on a shard.
+            ReplayMissing: a shard has lost its replay; see `lost`.
+            ReplayUnavailable: no shard answers.
+        """
+        split, now = self._shared(), time.monotonic()
+        self._hear(range(len(self._links)))
+        asked = [
+            at for at, link in enumerate(self._links) if link.call is None and now >= link.retry_at
+        ]
+        total = self._total(budget_steps)
+        goals = split.goals(total, asked)
+        lowered = split.lowered(goals)
+        self._send(fence, replayed_steps, lowered)
+        rest = {at: goal for at, goal in goals.items() if at not in lowered}
+        self._send(fence, replayed_steps, split.raised(rest, total))
+        if lost := self.lost():
+            raise ReplayMissing(
+                f"no replay is left on {', '.join(self.clients[at].address for at in lost)}"
+            )
+        if all(link.reason for link in self._links):
+            raise ReplayUnavailable(self.trouble)
+        return split.committed, sum(link.size_steps for link in self._links)
+
+    def _total(self, budget_steps: int) -> int:
+        """Return the budget, or what the minimum size needs: below it inserts are always paid."""
+        size = sum(link.size_steps for link in self._links)
+        if size >= self._min_size:
+            return budget_steps
+        room = len(self._links) * (self._chunk_steps + 2)
+        return max(budget_steps, self._shared().committed + self._min_size - size + room)
+
+    def _send(self, fence: int, replayed_steps: int, budgets: dict[int, int]) -> None:
+        """Tell some shards their budgets, and wait for those that have answered lately."""
+        split = self._shared()
+        for at, budget in budgets.items():
+            link = self._links[at]
+            link.turn += 1
+            split.sent(at, budget)
+            answer = link.thread.submit(
+                link.client.settle, fence, replayed_steps, budget, turn=link.turn
+            )
+            link.call = _Call(budget, answer)
+        calls = [self._links[at].call for at in budgets if not self._links[at].reason]
+        wait([call.answer for call in calls if call is not None], self._patience_s)
+        self._hear(budgets)
+        for at in budgets:
+            if self._links[at].call is not None:
+                late = f"the server at {self.clients[at].address} does not answer"
+                self._note(at, late)
+
+    def _hear(self, shards: Iterable[int]) -> None:
+        """Take the answers that have come."""
+        for at in shards:
+            link = self._links[at]
+            if link.call is None or not link.call.answer.done():
+                continue
+            call, link.call = link.call, None
+            try:
+                inserted, link.size_steps = call.answer.result()
+            except ReplayMissing as error:
+                link.lost = True
+                self._note(at, str(error))
+            except ReplayUnavailable as error:
+                link.retry_at = time.monotonic() + RETRY_S
+                self._note(at, str(error))
+            else:
+                self._shared().heard(at, call.budget, inserted)
+                self._note(at, "")
+
+    def _note(self, shard: int, reason: str) -> None:
+        link, now = self._links[shard], time.monotonic()
+        if reason and not link.reason:
+            link.since = now
+            log.warning("shard_away shard=%d reason=%s", shard, reason)
+        elif link.reason and not reason:
+            link.lost = False
+            log.warning("shard_back address=%s after_s=%.1f", link.client.address, now - link.since)
+        link.reason = reason
+
+    def _shared(self) -> BudgetSplit:
+        assert self._split is not None, "acquire_fence comes first"
+        return self._split
+
+    def _found(self) -> BudgetSplit:
+        found = [client.stats() for client in self.clients]
+        for link, stats in zip(self._links, found, strict=True):
+            link.size_steps = stats.size_steps
+        return BudgetSplit(
+            [stats.budget_steps for stats in found],
+            [stats.inserted_steps for stats in found],
+            chunk_steps=self._chunk_steps,
+        )
+
+    def _require_distinct(self) -> None:
+        known = dict[str, str]()
+        for client in self.clients:
+            same = known.setdefault(client.server_id(), client.address)
+            if same != client.address:
+                raise ReplayConfigError(
+                    f"{same} and {client.address} are the same server, and a server is one shard: "
+                    "give each server once"
+                )
+
+
+def _one_thread(shard: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix=f"replay-shard-{shard}")

@@ -1,0 +1,150 @@
+"""Which shard a stream belongs to, and a budget that is shared out without ever being exceeded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from replay_service import BudgetSplit, ReplayConfigError, shard_of, split_addresses
+
+ADDRESSES = [f"redis://shard-{number}:6379" for number in range(5)]
+STREAMS = [f"run-a{slot}" for slot in range(2000)]
+
+
+def test_addresses_are_split_where_the_next_one_begins() -> None:
+    assert split_addresses("redis://a:1") == ("redis://a:1",)
+    many = "redis://a:1,unix:///tmp/x,y;rediss://b:2"
+    assert split_addresses(many) == ("redis://a:1", "unix:///tmp/x,y", "rediss://b:2")
+    with pytest.raises(ReplayConfigError, match="redis://a:1 is named more than once"):
+        split_addresses("redis://a:1,redis://b:1,redis://a:1")
+
+
+def test_streams_are_spread_evenly() -> None:
+    homes = [shard_of(stream, ADDRESSES) for stream in STREAMS]
+    counts = [homes.count(address) for address in ADDRESSES]
+    # 400 each, with a standard deviation of 18; which streams these are never changes.
+    assert all(330 < count < 470 for count in counts), counts
+
+
+def test_the_home_of_a_stream_is_the_same_in_every_process_and_version() -> None:
+    homes = [ADDRESSES.index(shard_of(f"run-a{slot}", ADDRESSES)) for slot in range(8)]
+    assert homes == [2, 0, 4, 1, 2, 0, 4, 1]
+
+
+def test_order_does_not_matter_and_an_added_shard_takes_its_share_alone() -> None:
+    before = {stream: shard_of(stream, ADDRESSES[:4]) for stream in STREAMS}
+    after = {stream: shard_of(stream, ADDRESSES[::-1]) for stream in STREAMS}
+    moved = [stream for stream in STREAMS if before[stream] != after[stream]]
+    assert 330 < len(moved) < 470
+    assert {after[stream] for stream in moved} == {ADDRESSES[4]}
+
+
+@dataclass
+class Shard:
+    """A server: the budget in force, what it holds, and calls that it has not read yet."""
+
+    budget: int = 0
+    inserted: int = 0
+    turn: int = 0
+    late: list[tuple[int, int]] = field(default_factory=list)
+
+    def take(self, turn: int, budget: int) -> None:
+        if turn > self.turn:
+            self.turn, self.budget = turn, budget
+
+    def insert(self, steps: int) -> None:
+        self.inserted = max(self.inserted, min(self.inserted + steps, self.budget))
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), count=st.integers(1, 4))
+def test_budgets_never_exceed_the_total_whatever_is_lost_or_late(
+    data: st.DataObject, count: int
+) -> None:
+    shards = [Shard() for _ in range(count)]
+    split, total = BudgetSplit([0] * count, [0] * count, chunk_steps=8), 0
+    fates = st.sampled_from(["heard", "heard", "heard", "answer lost", "call lost", "call late"])
+    turn = 0
+
+    def send(budgets: dict[int, int]) -> None:
+        for at, budget in budgets.items():
+            shard, fate = shards[at], data.draw(fates)
+            split.sent(at, budget)
+            if fate == "call late":
+                shard.late.append((turn, budget))
+            elif fate != "call lost":
+                shard.take(turn, budget)
+            if fate == "heard":
+                split.heard(at, budget, shard.inserted)
+            assert sum(max(one.budget, one.inserted) for one in shards) <= total
+
+    for _ in range(data.draw(st.integers(1, 25))):
+        total += data.draw(st.integers(0, 100))
+        turn += 1
+        asked = data.draw(st.sets(st.sampled_from(range(count))))
+        goals = split.goals(total, asked)
+        lowered = split.lowered(goals)
+        send(lowered)
+        send(split.raised({at: goals[at] for at in goals.keys() - lowered.keys()}, total))
+        for shard in shards:
+            shard.insert(data.draw(st.integers(0, 60)))
+            for call in shard.late:
+                if data.draw(st.booleans()):
+                    shard.take(*call)
+        assert sum(max(one.budget, one.inserted) for one in shards) <= total
+
+
+def settle(split: BudgetSplit, total: int, inserted: list[int]) -> dict[int, int]:
+    """Share out, with every message answered."""
+    goals = split.goals(total, range(len(inserted)))
+    found = split.lowered(goals)
+    for at, budget in found.items():
+        split.sent(at, budget)
+        split.heard(at, budget, inserted[at])
+    rest = split.raised({at: goal for at, goal in goals.items() if at not in found}, total)
+    for at, budget in rest.items():
+        split.sent(at, budget)
+        split.heard(at, budget, inserted[at])
+    return found | rest
+
+
+def test_half_goes_where_inserts_were_and_nobody_starves_for_ever() -> None:
+    split = BudgetSplit([0, 0], [0, 0], chunk_steps=64)
+    assert settle(split, 1000, [0, 0]) == {0: 500, 1: 500}
+    settle(split, 1000, [400, 0])
+    busy = settle(split, 2000, [400, 0])
+    assert busy[0] - 400 > 2 * busy[1] and sum(busy.values()) <= 2000
+    for _ in range(100):
+        idle = settle(split, 2000, [400, 0])
+    assert abs(idle[1] - 800) < 64
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_the_room_that_the_limiter_asks_for_gives_each_shard_a_chunk(count: int) -> None:
+    chunk = 64
+    split = BudgetSplit([0] * count, [0] * count, chunk_steps=chunk)
+    inserted = [0] * count
+    for _ in range(200):
+        total = sum(inserted) + count * (chunk + 2)
+        given = settle(split, total, inserted)
+        inserted[0] += chunk if given[0] >= inserted[0] + chunk else 0
+    # Only the first writes, and then the last one begins.
+    for _ in range(200):
+        given = settle(split, sum(inserted) + count * (chunk + 2), inserted)
+    assert given[count - 1] >= chunk and given[0] >= inserted[0] + chunk
+
+
+def test_a_total_that_falls_below_what_is_inserted_raises_nothing() -> None:
+    split = BudgetSplit([900, 300], [800, 100], chunk_steps=8)
+    assert settle(split, 500, [800, 100]) == {0: 800, 1: 100}
+    assert settle(split, 1000, [800, 100]) == {0: 850, 1: 150}
+
+
+def test_a_shard_that_is_away_keeps_what_it_may_have() -> None:
+    split = BudgetSplit([500, 500], [400, 100], chunk_steps=64)
+    goals = split.goals(1200, [1])
+    given = split.raised(goals, 1200)
+    assert split.reserved(0) == 500 and 500 < given[1] <= 700
