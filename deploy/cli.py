@@ -159,6 +159,12 @@ def _eval(args: list[str]) -> int:
     return evaluate(options)
 
 
+def _play(args: list[str]) -> int:
+    from deploy.play import PlayOptions, watch
+
+    return watch(parse(PlayOptions, args, command="play"))
+
+
 def _check_env(args: list[str]) -> int:
     from deploy.checkenv import CheckOptions, check_env
 
@@ -239,6 +245,7 @@ def _secrets(args: list[str]) -> int:
 COMMANDS: dict[str, Command] = {
     "train": Command(summary="train an agent, or continue a run", run=_train),
     "eval": Command(summary="play episodes with a run's newest checkpoint", run=_eval),
+    "play": Command(summary="watch a run's agent: window, terminal or video", run=_play),
     "status": Command(summary="show how a run is doing, or how it ended", run=_status),
     "runs": Command(summary="list runs: preset, agent, steps, return, state", run=_runs),
     "report": Command(summary="write one HTML file about a run", run=_report),

@@ -129,15 +129,14 @@ def evaluate(options: EvalOptions) -> int:
         "checkpoint": found.path.name,
         "env_steps": facts["env_steps"],
         "updates": facts["update"],
-        "mode": _mode(config, options),
+        "mode": mode_of(config, options.mode),
         **statistics_of(episodes),
         "episodes": [asdict(episode) for episode in episodes],
     }
     _write(options.run_dir / "eval.json", json.dumps(result, indent=2).encode())
     if options.video:
-        result["video"] = str(
-            _write_video(options.run_dir, camera.frames, facts["env_steps"]) or "-"
-        )
+        name = f"eval-{facts['env_steps']:010d}.gif"
+        result["video"] = str(_write_video(options.run_dir / "videos" / name, camera.frames) or "-")
     _show(result, options.run_dir)
     return 0
 
@@ -149,7 +148,7 @@ def play(
     *,
     seed: int = 0,
     mode: str = "sample",
-    watch: Callable[[Env, Arrays], None] | None = None,
+    watch: Callable[[Env, Arrays, float], None] | None = None,
 ) -> list[Episode]:
     """Play episodes in several environments side by side.
 
@@ -162,8 +161,9 @@ def play(
         episodes: how many to play.
         seed: the i-th environment starts from seed + i.
         mode: "sample" or "greedy".
-        watch: called with the first environment and observation at every step of its first
-            episode, when the policy has seen the observation and the environment not yet acted.
+        watch: called with the first environment, its observation and the return so far at every
+            step of its first episode, when the policy has seen the observation and the environment
+            not yet acted.
     """
     seats = [
         _Seat(env=env, obs=env.reset(seed=seed + i), left=_share(episodes, len(envs), i))
@@ -174,7 +174,7 @@ def play(
         first = np.array([seat.is_first for seat in seats])
         actions, _ = policy.step(obs, first, mode=mode)
         if watch and not seats[0].done:
-            watch(seats[0].env, seats[0].obs)
+            watch(seats[0].env, seats[0].obs, seats[0].ret)
         for i, seat in enumerate(seats):
             if seat.left:
                 seat.play({key: value[i] for key, value in actions.items()})
@@ -217,25 +217,26 @@ def _play_checkpoint(
             envs.append(make_env(config.env, config.environment, seed + i))
         policy = policy_of(config, found, envs[0], seed)
         if options.video:
-            camera.reconstruct = _reconstruct(config, found, envs[0], policy)
+            camera.reconstruct = reconstruction_of(config, found, envs[0], policy)
         return play(
             policy,
             envs,
             options.episodes,
             seed=seed,
-            mode=_mode(config, options),
-            watch=camera if options.video else None,
+            mode=mode_of(config, options.mode),
+            watch=(lambda env, obs, _: camera(env, obs)) if options.video else None,
         )
     finally:
         for env in envs:
             env.close()
 
 
-def _mode(config: TrainConfig, options: EvalOptions) -> str:
-    return config.agent.evaluation if options.mode == "paper" else options.mode
+def mode_of(config: TrainConfig, asked: str) -> str:
+    """Return the acting mode: "paper" stands for that of the agent's publication."""
+    return config.agent.evaluation if asked == "paper" else asked
 
 
-def _reconstruct(config: TrainConfig, found: Any, env: Any, policy: Any) -> Reconstruct | None:
+def reconstruction_of(config: TrainConfig, found: Any, env: Any, policy: Any) -> Reconstruct | None:
     """Return what draws the model's view of the first environment; None without a decoder."""
     import torch
 
@@ -274,13 +275,12 @@ def policy_of(config: TrainConfig, found: Any, env: Any, seed: int) -> Any:
     return policy
 
 
-def _write_video(directory: Path, frames: list[NDArray[np.uint8]], env_steps: int) -> Path | None:
+def _write_video(path: Path, frames: list[NDArray[np.uint8]]) -> Path | None:
     from learner.video import encode_gif
 
     if not frames:
         console().print("no video: this environment draws nothing", style="yellow")
         return None
-    path = directory / "videos" / f"eval-{env_steps:010d}.gif"
     path.parent.mkdir(exist_ok=True)
     _write(path, encode_gif(np.stack(frames)))
     return path

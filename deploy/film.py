@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.config import ConfigError
+
 VIDEO_FRAMES = 500
 """Frames of an episode that a video shows at most."""
 VIDEO_WIDTH = 320
@@ -41,15 +43,36 @@ class Camera:
         """Film the state of an environment after the policy has seen ``obs``."""
         if len(self.frames) >= VIDEO_FRAMES:
             return
-        drawn = env.render()
-        pictures = [] if drawn is None else [_fitted(drawn)]
-        seen = {key: x for key, x in obs.items() if x.dtype == np.uint8 and x.ndim == 3}
         model = self.reconstruct() if self.reconstruct else {}
-        if model or not pictures:
-            for key, picture in seen.items():
-                pictures += [_fitted(x) for x in (picture, model.get(key)) if x is not None]
-        if pictures:
-            self.frames.append(side_by_side(pictures))
+        frame = frame_of(env, obs, model, width=VIDEO_WIDTH)
+        if frame is not None:
+            self.frames.append(frame)
+
+
+def frame_of(
+    env: Drawn, obs: Observation, model: Mapping[str, Picture], *, width: int | None = None
+) -> Picture | None:
+    """Return one picture (h, w, 3) of an environment, or None where there is nothing to see.
+
+    It shows what the environment draws and, where there is a model's picture or nothing is drawn,
+    each observed image and its reconstruction.
+
+    Args:
+        env: draws itself, or not.
+        obs: what the agent has seen last.
+        model: {image key: (h, w, c)}, its reconstructions.
+        width: larger pictures are made smaller by whole factors; None leaves them as they are.
+
+    Raises:
+        ConfigError: the environment fails at drawing itself.
+    """
+    drawn = _drawn(env)
+    pictures = [] if drawn is None else [_fitted(drawn, width)]
+    seen = {key: x for key, x in obs.items() if x.dtype == np.uint8 and x.ndim == 3}
+    if model or not pictures:
+        for key, picture in seen.items():
+            pictures += [_fitted(x, width) for x in (picture, model.get(key)) if x is not None]
+    return side_by_side(pictures) if pictures else None
 
 
 def side_by_side(pictures: list[Picture]) -> Picture:
@@ -65,8 +88,19 @@ def side_by_side(pictures: list[Picture]) -> Picture:
     return np.concatenate(columns, 1)[:, :-_GAP]
 
 
-def _fitted(picture: Picture) -> Picture:
-    """Return (h, w, 3) no wider than a video; of stacked frames the newest."""
-    step = -(-picture.shape[1] // VIDEO_WIDTH)
+def _drawn(env: Drawn) -> Picture | None:
+    try:
+        return env.render()
+    except Exception as error:  # whatever a drawing library raises where it cannot draw
+        raise ConfigError(
+            f"the environment cannot draw itself: {type(error).__name__}: {error} "
+            "(`dreamfleet doctor` says what drawing needs here; "
+            "`dreamfleet eval` gives scores without pictures)"
+        ) from error
+
+
+def _fitted(picture: Picture, width: int | None) -> Picture:
+    """Return (h, w, 3) no wider than asked for; of stacked frames the newest."""
+    step = -(-picture.shape[1] // width) if width else 1
     small = picture[::step, ::step, -3:] if picture.shape[-1] >= 3 else picture[::step, ::step, -1:]
     return np.repeat(small, 3, axis=-1) if small.shape[-1] == 1 else small

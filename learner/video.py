@@ -36,8 +36,11 @@ def prediction_frames(truth: Tensor, model: Tensor, context: int) -> NDArray[np.
     return np.stack([_frame([r[:, t] for r in rows], t < context) for t in range(truth.shape[1])])
 
 
-def encode_gif(frames: NDArray[np.uint8]) -> bytes:
-    """Return frames (T, height, width, 3) as an animated GIF that repeats."""
+def encode_gif(frames: NDArray[np.uint8], frame_ms: int = FRAME_MS) -> bytes:
+    """Return frames (T, height, width, 3) as an animated GIF that repeats.
+
+    The format counts in 10 ms, and viewers slow down what is shown for less than 20 ms.
+    """
     images = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     images[0].save(
@@ -45,7 +48,7 @@ def encode_gif(frames: NDArray[np.uint8]) -> bytes:
         format="GIF",
         save_all=True,
         append_images=images[1:],
-        duration=FRAME_MS,
+        duration=frame_ms,
         loop=0,
         disposal=1,
     )

@@ -74,6 +74,7 @@ def _options(command: str) -> type:
     from deploy.evaluate import EvalOptions
     from deploy.export import ExportOptions
     from deploy.left import StopOptions
+    from deploy.play import PlayOptions
     from deploy.report import ReportOptions
     from deploy.runs import RunsOptions
     from deploy.scale import ScaleOptions
@@ -86,6 +87,7 @@ def _options(command: str) -> type:
         "doctor": DoctorOptions,
         "eval": EvalOptions,
         "export": ExportOptions,
+        "play": PlayOptions,
         "report": ReportOptions,
         "runs": RunsOptions,
         "scale": ScaleOptions,

@@ -13,6 +13,8 @@ from actors.envs.registry import EnvError, nearest
 
 CAP_FRAMES = 108_000
 """Frames (half an hour of play) after which an episode is truncated."""
+FRAME_RATE = 60.0
+"""Frames per second of the console."""
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -35,7 +37,7 @@ class Atari:
     """
 
     def __init__(self, rom: str, config: EnvConfig) -> None:
-        self.action_repeat = config.action_repeat or 4
+        self.action_repeat, self.frame_rate = config.action_repeat or 4, FRAME_RATE
         self._rom, self._config = rom, config
         ALEInterface.setLoggerMode(LoggerMode.Error)
         self._ale = ALEInterface()

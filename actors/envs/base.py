@@ -19,6 +19,8 @@ class RawEnv(Protocol):
     observation_space: spaces.Space
     action_space: spaces.Space
     action_repeat: int
+    frame_rate: float
+    """Frames (not decisions) per second of real time."""
 
     def reset(self, seed: int | None) -> Any:
         """Begin an episode and return the first observation; reseed if a seed is given."""
@@ -64,6 +66,8 @@ class Env:
         self.obs_space = self._reader.spec
         self.action_space = self._writer.spec
         self.action_repeat = raw.action_repeat
+        self.decision_rate = raw.frame_rate / raw.action_repeat
+        """Decisions per second of real time."""
         self._limit = time_limit
         self._seed = seed
         self._decisions = 0

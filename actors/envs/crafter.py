@@ -13,6 +13,7 @@ from actors.envs.config import EnvConfig
 from actors.envs.registry import EnvError
 
 _PICTURE = (600, 600)
+_FRAME_RATE = 5.0  # what its authors let people play at
 _TASKS = ("reward", "noreward")
 
 
@@ -27,7 +28,7 @@ class Crafter:
     """Terminated by death alone; the limit of 10 000 steps truncates."""
 
     def __init__(self, reward: bool, config: EnvConfig) -> None:
-        self.action_repeat = config.action_repeat or 1
+        self.action_repeat, self.frame_rate = config.action_repeat or 1, _FRAME_RATE
         self._reward, self._size = reward, config.image_size
         self._env = self._make(0)
         self.observation_space = spaces.Box(0, 255, (self._size, self._size, 3), np.uint8)

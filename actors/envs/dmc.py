@@ -46,6 +46,7 @@ class Dmc:
         self.action_repeat = config.action_repeat or 2
         self._domain, self._task, self._config = domain, task, config
         self._env = self._load(0)
+        self.frame_rate = 1.0 / self._env.control_timestep()
         shown = "vector" if config.obs == "auto" else config.obs
         self._vectors, self._image = shown in ("vector", "both"), shown in ("image", "both")
         self._camera = CAMERAS.get(domain, 0) if config.camera is None else config.camera

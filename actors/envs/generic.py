@@ -15,6 +15,9 @@ from actors.envs.config import EnvConfig
 from actors.envs.registry import EnvError, nearest
 from actors.spaces import BadOutput
 
+FRAME_RATE = 30.0
+"""Frames per second of an environment that says nothing of its own."""
+
 
 def make(env_id: str, config: EnvConfig) -> RawEnv:
     """Make a registered environment, or an instance of ``module:Class``. Raises EnvError."""
@@ -30,6 +33,7 @@ class Generic:
         self._env = env
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.action_repeat = action_repeat
+        self.frame_rate = frame_rate(env)
 
     def reset(self, seed: int | None) -> Any:
         """Begin an episode."""
@@ -68,6 +72,14 @@ class Generic:
         """Close the environment."""
         if hasattr(self._env, "close"):
             self._env.close()
+
+
+def frame_rate(env: Any) -> float:
+    """Return the frames per second that Gymnasium's metadata of an environment gives, or ours."""
+    given = (getattr(env, "metadata", None) or {}).get("render_fps")
+    if isinstance(given, int | float | np.number) and 0 < given < float("inf"):
+        return float(given)
+    return FRAME_RATE
 
 
 def _registered(env_id: str, kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from numpy.typing import NDArray
 
 from actors.envs.config import EnvConfig
+from actors.envs.generic import frame_rate
 from actors.envs.registry import EnvError, nearest
 from actors.spaces import resize
 
@@ -40,7 +41,7 @@ class Minigrid:
 
     def __init__(self, env: Any, config: EnvConfig) -> None:
         self.action_repeat = config.action_repeat or 1
-        self._env = env
+        self._env, self.frame_rate = env, frame_rate(env)
         shown = "image" if config.obs == "auto" else config.obs
         self._symbols, self._image = shown in ("vector", "both"), shown in ("image", "both")
         self._size = config.image_size

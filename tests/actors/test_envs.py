@@ -110,6 +110,26 @@ def test_the_same_seed_gives_the_same_episode_and_another_seed_another(
     other.close()
 
 
+@pytest.mark.parametrize(
+    ("env_id", "repeat", "rate"),
+    [
+        ("CartPole-v1", None, 50),
+        ("CartPole-v1", 2, 25),
+        ("tests.actors.zoo:Counting", None, 30),
+        ("ale:Pong", None, 15),
+        ("dmc:cartpole-balance", None, 50),
+        ("crafter:reward", None, 5),
+        ("minigrid:Empty-5x5-v0", None, 10),
+    ],
+)
+def test_decisions_per_second_are_those_of_real_time(
+    env_id: str, repeat: int | None, rate: float
+) -> None:
+    env = make(env_id, action_repeat=repeat)
+    assert env.decision_rate == pytest.approx(rate)
+    env.close()
+
+
 def test_seed_of_making_is_that_of_the_first_episode_only() -> None:
     env, other = make("CartPole-v1"), make("CartPole-v1")
     first, second = env.reset()["vector"], env.reset()["vector"]

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from deploy.cli import main
-from deploy.config import FILE_NAME, ConfigError, TrainConfig, save_config, with_values
+from deploy.config import ConfigError, with_values
 from deploy.evaluate import EvalOptions, play, statistics_of
 from deploy.presets import preset
+from tests.deploy.untrained import save
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -88,7 +89,7 @@ def test_end_says_whether_the_episode_terminated() -> None:
 
 def test_first_episode_of_the_first_environment_is_watched() -> None:
     seen = []
-    play(Scribe(), [Countdown(), Countdown()], 4, watch=lambda env, obs: seen.append(env))
+    play(Scribe(), [Countdown(), Countdown()], 4, watch=lambda env, *_: seen.append(env))
     assert len(seen) == 1
 
 
@@ -102,21 +103,6 @@ def test_statistics_are_those_of_the_returns() -> None:
 def test_nothing_to_play_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ConfigError, match="--episodes must be at least 1, got 0"):
         EvalOptions(run_dir=tmp_path, episodes=0)
-
-
-def save(directory: Path, config: TrainConfig, update: int) -> Path:
-    """Leave a run with a checkpoint of an untrained agent."""
-    from actors.envs import make_env
-    from dreamer.agent import make_agent
-    from learner import checkpoint
-
-    save_config(config, directory / FILE_NAME)
-    env = make_env(config.env, config.environment, 0)
-    agent = make_agent(config.agent, env.obs_space, env.action_space)
-    env.close()
-    state = {"agent": agent.state_dict()}
-    counters = {"fence": 1, "update": update, "env_steps": 10 * update}
-    return checkpoint.save(directory / "checkpoints", state, keep=3, **counters)
 
 
 @pytest.mark.integration

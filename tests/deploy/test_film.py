@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
 
-from deploy.film import VIDEO_FRAMES, VIDEO_WIDTH, Camera, side_by_side
+from deploy.config import ConfigError
+from deploy.film import VIDEO_FRAMES, VIDEO_WIDTH, Camera, frame_of, side_by_side
 
 
 class Drawing:
@@ -44,3 +46,13 @@ def test_films_are_no_wider_and_longer_than_a_video() -> None:
         camera(Drawing(grey(VIDEO_WIDTH + 1, 1)), {})
     assert len(camera.frames) == VIDEO_FRAMES
     assert camera.frames[0].shape[1] <= VIDEO_WIDTH
+
+
+class Broken(Drawing):
+    def render(self) -> np.ndarray:
+        raise RuntimeError("no GL")
+
+
+def test_an_environment_that_cannot_draw_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match="cannot draw itself: RuntimeError: no GL .*doctor"):
+        frame_of(Broken(None), {}, {})
