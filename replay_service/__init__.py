@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from replay_service.mirror import EpisodeEvent, Mirror
     from replay_service.offline import ArchiveLog, ServerLog
     from replay_service.reflection import check_mirror
-    from replay_service.reseed import Reseeder, continue_account
+    from replay_service.reseed import Reseeder, ShardedReseeder, continue_account
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
     from replay_service.security import address_for, has_password, with_absolute_paths
@@ -75,7 +75,7 @@ _HOMES = {
     "mirror": ("EpisodeEvent", "Mirror"),
     "offline": ("ArchiveLog", "ServerLog"),
     "reflection": ("check_mirror",),
-    "reseed": ("Reseeder", "continue_account"),
+    "reseed": ("Reseeder", "ShardedReseeder", "continue_account"),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
     "security": ("address_for", "has_password", "with_absolute_paths"),
@@ -126,6 +126,7 @@ __all__ = [
     "Schema",
     "ServerLog",
     "ShardedClient",
+    "ShardedReseeder",
     "UploadStats",
     "Uploader",
     "Violation",

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from replay_service.chunk import Chunk, EpisodeEnd, EpisodeSummary
-from replay_service.client import LogEntry
 from replay_service.config import SamplingConfig
-from replay_service.errors import ReplayEmpty, ReplayMissing, ReplayTimeout, ReplayUnavailable
+from replay_service.errors import ReplayEmpty, ReplayTimeout
+from replay_service.following import FollowedLogs
 from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
 from replay_service.sampler import Sampler
 from replay_service.schema import Schema
-from replay_service.tail import Arrival, LogSource, LogTail
+from replay_service.tail import Arrival, LogSource
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,12 +53,14 @@ class HeldChunk:
 
     Attributes:
         segment, offset: where its first record is.
+        log: number of the log that it came from.
         stream, incarnation, seq, first_step, steps, version_min, version_max, episodes: see
             `Chunk`.
     """
 
     segment: Segment
     offset: int
+    log: int
     stream: str
     incarnation: int
     seq: int
@@ -77,12 +79,13 @@ class Mirror:
            about sampling belong to one thread, the learner's.
         2. A window holds consecutive records of one stream; gaps are never bridged.
         3. Content is a function of the log: a chunk is placed once, whatever is resent, and a new
-           mirror rebuilds itself from the log that the server retains.
+           mirror rebuilds itself from the log that the server retains. With several logs it is one
+           of the order in which their chunks were absorbed, and each keeps its own order in it.
         4. What could not be read (evicted first, or damaged) is counted in `missed_steps`.
         5. `columns`, `valid_cumsum` and `next_page` keep their storage for life.
 
     Args:
-        client, schema: the replay to follow.
+        client, schema: the replay to follow; one client for each shard if there are several.
         keep: names of the columns that are kept; None keeps all.
         capacity_steps: records kept; whole oldest pages are given up above it.
         window_steps: records per window, including context records.
@@ -98,7 +101,7 @@ class Mirror:
 
     def __init__(
         self,
-        client: LogSource,
+        client: LogSource | Sequence[LogSource],
         schema: Schema,
         *,
         capacity_steps: int,
@@ -119,7 +122,6 @@ class Mirror:
         kept = Schema(tuple(c for c in schema.columns if keep is None or c.name in keep))
         self.page_steps = page_steps
         self.window_steps = window_steps
-        self.inserted_steps = 0
         self.missed_steps = 0
         self._storage = DeviceStorage(
             kept,
@@ -139,16 +141,18 @@ class Mirror:
         )
         self._sampling = sampling or SamplingConfig()
         self._sampler = Sampler(self._index, self._sampling)
-        self._client = client
-        self._queue_bytes = queue_bytes
-        self._tail = LogTail(client, schema, queue_bytes=queue_bytes)
+        sources = client if isinstance(client, Sequence) else [client]
+        self._logs = FollowedLogs(sources, schema, queue_bytes=queue_bytes)
         self._collect_online = online
         most = pages * page_steps // window_steps + 1
         self._online: deque[tuple[Segment, int]] = deque(maxlen=most)
         self._chunks: deque[HeldChunk] = deque()
-        self._expected: int | None = None
-        self._absorbed = (0, 0)
-        self._target = (0, 0)
+        self._origin: dict[str, int] = {}
+
+    @property
+    def inserted_steps(self) -> int:
+        """Steps that were inserted up to what has been absorbed."""
+        return self._logs.inserted_steps
 
     @property
     def columns(self) -> dict[str, Tensor]:
@@ -193,12 +197,12 @@ class Mirror:
     @property
     def lag_chunks(self) -> int:
         """Chunks that were fetched but not absorbed."""
-        return len(self._tail)
+        return self._logs.lag_chunks
 
     @property
     def queue_share(self) -> float:
         """Share of the memory for fetched chunks that is taken, 0 to 1."""
-        return self._tail.queued_share
+        return self._logs.queue_share
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes of the full mirror, and how many there is room for where it is."""
@@ -208,19 +212,17 @@ class Mirror:
     @property
     def trouble(self) -> str:
         """Why the log cannot be read now; empty while it can."""
-        return self._tail.trouble
+        return self._logs.trouble
 
     @property
     def caught_up(self) -> bool:
         """Whether everything that the log held at `start` has been absorbed."""
-        return self._absorbed >= self._target
+        return self._logs.caught_up
 
     @property
     def rebuild_share(self) -> float:
         """Share of the chunks retained at `start` that has been absorbed, in [0, 1]."""
-        if self.caught_up or self._absorbed[0] != self._target[0]:
-            return float(self.caught_up)
-        return self._absorbed[1] / self._target[1]
+        return self._logs.rebuild_share
 
     def start(self) -> None:
         """Begin to follow the log from its oldest retained entry.
@@ -228,9 +230,7 @@ class Mirror:
         Raises:
             ReplayError: if the server cannot be used.
         """
-        newest = self._client.last_log_id()
-        self._target = _order(newest) if newest else (0, 0)
-        self._tail.start()
+        self._logs.start()
 
     def rebuild(self, patience_s: float = 60.0) -> Iterator[list[EpisodeEvent]]:
         """Absorb everything that the log held at `start`, yielding what `absorb` returns.
@@ -247,8 +247,7 @@ class Mirror:
             if self.wait(1.0):
                 deadline = time.monotonic() + patience_s
             yield self.absorb()
-            if not self.caught_up and not self.trouble:
-                self._ask_for_log()
+            self._logs.require_targets()
             if time.monotonic() > deadline:
                 raise ReplayTimeout(
                     f"the mirror is {self.rebuild_share:.0%} rebuilt, and the server has sent "
@@ -256,41 +255,31 @@ class Mirror:
                     "look after the server, then start again: nothing is lost"
                 )
 
-    def _ask_for_log(self) -> None:
-        """Raise if the log does not reach any more to where it did at `start`."""
-        try:
-            newest = self._client.last_log_id()
-        except ReplayUnavailable:
-            return  # the tail meets it too, says so, and tries again
-        if newest is None or _order(newest) < self._target:
-            raise ReplayMissing(
-                "the server has lost its data while the mirror was rebuilt from it "
-                f"({self.rebuild_share:.0%} done); start again to continue from "
-                "the newest checkpoint with a new replay"
-            )
-
     def stop(self) -> None:
         """Stop following the log; what was absorbed stays readable."""
-        self._tail.stop()
+        self._logs.stop()
 
-    def suspend(self) -> list[EpisodeEvent]:
-        """Stop following, and absorb what was fetched; returns what `absorb` does."""
-        self._tail.stop()
+    def of(self, number: int) -> MirroredLog:
+        """Return what this mirror has of one log alone."""
+        return MirroredLog(self, number)
+
+    def suspend(self, number: int = 0) -> list[EpisodeEvent]:
+        """Stop following a log, and absorb what was fetched; returns what `absorb` does."""
+        self._logs[number].tail.stop()
         return self.absorb()
 
-    def resume(self, after: str, inserted_steps: int) -> None:
+    def resume(self, after: str, inserted_steps: int, number: int = 0) -> None:
         """Follow again after `suspend`, behind the log entry of an id ("0" for all there are).
 
         Args:
             inserted_steps: that led up to it.
+            number: of the log.
         """
-        self._tail = LogTail(self._client, self.schema, queue_bytes=self._queue_bytes)
-        self._expected = self.inserted_steps = inserted_steps
-        self._tail.start(after)
+        self._logs[number].resume(after, inserted_steps)
 
     def wait(self, timeout_s: float) -> bool:
         """Block until there is something to absorb, at most `timeout_s`; say whether."""
-        return self._tail.wait(timeout_s)
+        return self._logs.wait(timeout_s)
 
     def absorb(self) -> list[EpisodeEvent]:
         """Apply everything that has been fetched; call it between updates. Does not wait.
@@ -301,8 +290,8 @@ class Mirror:
         Raises:
             ReplayError: if the log cannot be read for a reason that waiting does not mend.
         """
-        arrivals = self._tail.take()
-        events = [event for arrival in arrivals for event in self._apply(arrival)]
+        arrivals = self._logs.take()
+        events = [event for number, arrival in arrivals for event in self._apply(number, arrival)]
         if arrivals:
             self._index.refresh()
             self._storage.publish_index()
@@ -361,6 +350,14 @@ class Mirror:
         """Return the newest chunk ever placed of every stream, by stream with incarnation."""
         return self._index.newest_chunks()
 
+    def origin(self, sid: str) -> int:
+        """Return the number of the log that a stream with its incarnation is in."""
+        return self._origin[sid]
+
+    def inserted_into(self, number: int) -> int:
+        """Return the steps that were inserted into one log up to what has been absorbed of it."""
+        return self._logs[number].inserted_steps
+
     def draw(self, seed: int, update: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Choose the windows of an update: new ones first, the rest as `sampling` has it.
 
@@ -406,16 +403,16 @@ class Mirror:
                 f"({self.size_steps} steps in all)"
             )
 
-    def _apply(self, arrival: Arrival) -> list[EpisodeEvent]:
+    def _apply(self, number: int, arrival: Arrival) -> list[EpisodeEvent]:
         entry, chunk = arrival.entry, arrival.chunk
-        order = _order(entry.entry_id)
-        rebuilding = order <= self._target
-        self._absorbed = order
-        self._count(entry, chunk)
+        rebuilding, missed = self._logs[number].note(arrival)
+        if missed:
+            self.missed_steps += missed
+            log.warning("mirror_missed steps=%d total=%d", missed, self.missed_steps)
         if chunk is None:
             return []
         known = self._index.last_seq(entry.sid) >= entry.seq
-        self._place(chunk, collect=self._collect_online and not rebuilding)
+        self._place(chunk, number, collect=self._collect_online and not rebuilding)
         if known:
             return []
         now, newest = self.inserted_steps, chunk.version_max
@@ -423,19 +420,11 @@ class Mirror:
             EpisodeEvent(now, chunk.stream, e.ret, e.length, e.end, newest) for e in chunk.episodes
         ]
 
-    def _count(self, entry: LogEntry, chunk: Chunk | None) -> None:
-        skipped = max(entry.position - self._expected, 0) if self._expected is not None else 0
-        missed = skipped + (0 if chunk is not None else entry.steps)
-        if missed:
-            self.missed_steps += missed
-            log.warning("mirror_missed steps=%d total=%d", missed, self.missed_steps)
-        self.inserted_steps = self._expected = entry.position + entry.steps
-
     def _holds(self, held: HeldChunk) -> bool:
         # Records are given up from the oldest on.
         return self._index.row_of(held.segment, held.offset) >= 0
 
-    def _place(self, chunk: Chunk, *, collect: bool) -> None:
+    def _place(self, chunk: Chunk, number: int, *, collect: bool) -> None:
         pieces = self._index.place(chunk.sid, chunk.seq, chunk.first_step, chunk.steps)
         done = 0
         for row, count in pieces:
@@ -444,19 +433,21 @@ class Mirror:
             self._storage.write(row, values)
             done += count
         if pieces:
-            self._note_chunk(chunk)
+            self._note_chunk(chunk, number)
             flags = (chunk.columns[name] for name in ("is_first", "is_last"))
             self._sampler.follow(self._index.segment(chunk.sid), *flags)
             fresh = self._index.new_windows(chunk.sid)
             if collect:
                 self._online.extend(fresh)
 
-    def _note_chunk(self, chunk: Chunk) -> None:
+    def _note_chunk(self, chunk: Chunk, number: int) -> None:
+        self._origin[chunk.sid] = number
         segment = self._index.segment(chunk.sid)
         self._chunks.append(
             HeldChunk(
                 segment,
                 segment.length - chunk.steps,
+                number,
                 chunk.stream,
                 chunk.incarnation,
                 chunk.seq,
@@ -469,10 +460,49 @@ class Mirror:
         )
 
 
+class MirroredLog:
+    """What a mirror has of one of its logs, for whoever puts that log's server back in order.
+
+    Args:
+        mirror: of which it is a part.
+        number: of the log.
+    """
+
+    def __init__(self, mirror: Mirror, number: int) -> None:
+        self._mirror, self._number = mirror, number
+        self.schema = mirror.schema
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """All columns of the mirror."""
+        return self._mirror.columns
+
+    @property
+    def inserted_steps(self) -> int:
+        """Steps that were inserted into this log up to what has been absorbed."""
+        return self._mirror.inserted_into(self._number)
+
+    def held_chunks(self) -> list[HeldChunk]:
+        """Return the chunks of this log all of whose records are held, in its order."""
+        return [held for held in self._mirror.held_chunks() if held.log == self._number]
+
+    def chunk(self, held: HeldChunk) -> Chunk:
+        """Return a chunk with the records as they are now; see `Mirror.chunk`."""
+        return self._mirror.chunk(held)
+
+    def newest_chunks(self) -> dict[str, int]:
+        """Return the newest chunk ever placed of every stream of this log."""
+        known = self._mirror.newest_chunks()
+        return {sid: seq for sid, seq in known.items() if self._mirror.origin(sid) == self._number}
+
+    def suspend(self) -> list[EpisodeEvent]:
+        """Stop following this log, and absorb what was fetched of all."""
+        return self._mirror.suspend(self._number)
+
+    def resume(self, after: str, inserted_steps: int) -> None:
+        """Follow this log again after `suspend`; see `Mirror.resume`."""
+        self._mirror.resume(after, inserted_steps, self._number)
+
+
 def _random(seed: int, update: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, update]))
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    epoch, _, number = entry_id.partition("-")
-    return int(epoch), int(number)

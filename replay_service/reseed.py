@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from replay_service.chunk import encode_chunk, stream_id
@@ -18,7 +18,8 @@ from replay_service.errors import (
     ReplayFull,
     ReplayUnavailable,
 )
-from replay_service.mirror import EpisodeEvent, HeldChunk, Mirror
+from replay_service.mirror import EpisodeEvent, HeldChunk, Mirror, MirroredLog
+from replay_service.sharded import ShardedClient
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class Reseeder:
         self,
         client: ReplayClient,
         writer: Callable[[], ReplayClient],
-        mirror: Mirror,
+        mirror: Mirror | MirroredLog,
         limits: Limits,
         *,
         fence: int,
@@ -224,8 +225,60 @@ class Reseeder:
         return ends
 
 
+class ShardedReseeder:
+    """Does for several servers what `Reseeder` does for one; each loses and gets back its own.
+
+    While one is put back, nothing is settled with the others, whose inserts go on until their
+    budget is used up.
+
+    Args:
+        client: of all of them.
+        reseeders: one for each.
+    """
+
+    def __init__(self, client: ShardedClient, reseeders: Sequence[Reseeder]) -> None:
+        self._client, self._reseeders = client, reseeders
+        self._lost = set[int]()
+
+    @property
+    def losses(self) -> int:
+        """How often data was lost and put back, over all servers."""
+        return sum(one.losses for one in self._reseeders)
+
+    @property
+    def progress(self) -> str:
+        """What goes on now, in words; empty if nothing does."""
+        return "; ".join(one.progress for one in self._reseeders if one.progress)
+
+    def replaced(self) -> bool:
+        """Ask the servers that answer whether the replay of one is another one than at the start.
+
+        Raises:
+            ReplayUnavailable: one went away just now, or has no replay at all.
+        """
+        for number, one in enumerate(self._reseeders):
+            if not self._client.is_away(number) and one.replaced():
+                self._lost.add(number)
+        return bool(self._lost)
+
+    def run(
+        self, replayed_steps: int, budget_steps: int, stopped: Callable[[], bool] = lambda: False
+    ) -> list[EpisodeEvent]:
+        """Put back the servers that have lost their data; see `Reseeder.run`.
+
+        Each continues with the share of the budget that it has, whatever `budget_steps` is.
+        """
+        self._lost.update(self._client.lost())
+        events = list[EpisodeEvent]()
+        for number in sorted(self._lost):
+            share = self._client.reserved(number)
+            events += self._reseeders[number].run(replayed_steps, share, stopped)
+            self._lost.discard(number)
+        return events
+
+
 def continue_account(
-    client: ReplayClient,
+    client: ReplayClient | ShardedClient,
     mirror: Mirror,
     *,
     fence: int,
@@ -235,11 +288,37 @@ def continue_account(
 ) -> None:
     """Let an empty replay go on where an earlier one ended that nobody holds any more.
 
-    Otherwise training would wait until actors have made up for all that was lost.
+    Otherwise training would wait until actors have made up for all that was lost. Of several
+    servers the first empty one counts on, from what the others do not have.
+
+    Args:
+        inserted_steps: of the earlier replay, over all servers.
+        fence, replayed_steps, budget_steps: as for `ReplayClient.settle`.
 
     Raises:
         ReplayError: as `ReplayClient.restore`.
     """
+    if isinstance(client, ShardedClient):
+        number = client.empty()[0]
+        missing = inserted_steps - mirror.inserted_steps
+        # Its share of the budget follows with the next settlement.
+        _count_on(
+            client.clients[number], mirror.of(number), fence, missing, replayed_steps, missing
+        )
+        client.recount()
+    else:
+        whole = mirror.of(0)
+        _count_on(client, whole, fence, inserted_steps, replayed_steps, budget_steps)
+
+
+def _count_on(
+    client: ReplayClient,
+    mirror: MirroredLog,
+    fence: int,
+    inserted_steps: int,
+    replayed_steps: int,
+    budget_steps: int,
+) -> None:
     mirror.suspend()
     client.restore(
         fence,

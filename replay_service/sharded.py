@@ -101,6 +101,22 @@ class ShardedClient:
         """Return the shards that answer and hold no replay any more."""
         return [at for at, link in enumerate(self._links) if link.lost]
 
+    def empty(self) -> list[int]:
+        """Ask all shards, and return those into which nothing has ever been inserted."""
+        found = [client.stats().committed_chunks for client in self.clients]
+        return [at for at, chunks in enumerate(found) if not chunks]
+
+    def recount(self) -> None:
+        """Ask all shards again for their budgets and what they hold."""
+        found = [client.stats() for client in self.clients]
+        for link, stats in zip(self._links, found, strict=True):
+            link.size_steps = stats.size_steps
+        self._split = BudgetSplit(
+            [stats.budget_steps for stats in found],
+            [stats.inserted_steps for stats in found],
+            chunk_steps=self._chunk_steps,
+        )
+
     def reserved(self, shard: int) -> int:
         """Return the budget of a shard as far as it may be in force."""
         return self._shared().reserved(shard)
@@ -138,7 +154,7 @@ class ShardedClient:
                 for client, fence in zip(self.clients, fences, strict=True)
             ]
         # From here on no other learner changes a budget.
-        self._split = self._found()
+        self.recount()
         for link in self._links:
             link.turn = 0
         return fences[0]
@@ -221,7 +237,8 @@ class ShardedClient:
                 link.client.settle, fence, replayed_steps, budget, turn=link.turn
             )
             link.call = _Call(budget, answer)
-        calls = [self._links[at].call for at in budgets if not self._links[at].reason]
+        answering = [self._links[at] for at in budgets]
+        calls = [link.call for link in answering if link.lost or not link.reason]
         wait([call.answer for call in calls if call is not None], self._patience_s)
         self._hear(budgets)
         for at in budgets:
@@ -261,16 +278,6 @@ class ShardedClient:
     def _shared(self) -> BudgetSplit:
         assert self._split is not None, "acquire_fence comes first"
         return self._split
-
-    def _found(self) -> BudgetSplit:
-        found = [client.stats() for client in self.clients]
-        for link, stats in zip(self._links, found, strict=True):
-            link.size_steps = stats.size_steps
-        return BudgetSplit(
-            [stats.budget_steps for stats in found],
-            [stats.inserted_steps for stats in found],
-            chunk_steps=self._chunk_steps,
-        )
 
     def _require_distinct(self) -> None:
         known = dict[str, str]()

@@ -59,15 +59,27 @@ class LogTail:
         2. A damaged chunk is quarantined on the server and arrives without content.
         3. Outages are waited for, with `trouble` saying what is wrong; an error that waiting
            cannot mend is raised by `take`.
+
+    Args:
+        client, schema: whose log, and what its chunks hold.
+        queue_bytes: the bound.
+        changed: notified of everything that happens; for whoever waits for one of several tails.
     """
 
-    def __init__(self, client: LogSource, schema: Schema, *, queue_bytes: int) -> None:
+    def __init__(
+        self,
+        client: LogSource,
+        schema: Schema,
+        *,
+        queue_bytes: int,
+        changed: threading.Condition | None = None,
+    ) -> None:
         self._client = client
         self._schema = schema
         self._limit = queue_bytes
         self._queue: deque[Arrival] = deque()
         self._queued_bytes = 0
-        self._changed = threading.Condition()
+        self._changed = changed or threading.Condition()
         self._stopping = threading.Event()
         self._failure: ReplayError | None = None
         self._cursor = "0"
@@ -93,6 +105,11 @@ class LogTail:
         return len(self._queue)
 
     @property
+    def ready(self) -> bool:
+        """Whether something has arrived or failed."""
+        return bool(self._queue or self._failure)
+
+    @property
     def queued_share(self) -> float:
         """Share of the bound in bytes that is taken, 0 to 1."""
         return min(self._queued_bytes / self._limit, 1.0)
@@ -115,7 +132,7 @@ class LogTail:
     def wait(self, timeout_s: float) -> bool:
         """Block until something has arrived or failed, at most `timeout_s`; say whether."""
         with self._changed:
-            return bool(self._changed.wait_for(lambda: self._queue or self._failure, timeout_s))
+            return self._changed.wait_for(lambda: self.ready, timeout_s)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

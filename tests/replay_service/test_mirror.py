@@ -499,7 +499,7 @@ def test_chunks_wait_at_the_byte_limit_of_the_queue(client: ReplayClient) -> Non
     insert_many(client, 0, 20)
     with following(client, queue_bytes=3 * 8 * SCHEMA.step_bytes) as mirror:
         assert mirror.wait(10)
-        mirror._tail._thread.join(0.3)
+        mirror._logs[0].tail._thread.join(0.3)
         assert mirror.lag_chunks == 3 and mirror.rebuild_share == 0.0
         absorb_until(mirror, lambda: mirror.caught_up)
         assert mirror.size_steps == 160
