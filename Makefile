@@ -83,5 +83,5 @@ $(RUN_STAMP): | $(BIN)/python
 	@rm -f $(VENV)/.run-* && touch $@
 
 $(DEV_STAMP): | $(BIN)/python
-	$(PIP) -e '.[cluster,atari,dmc,crafter,minigrid,dev]'
+	$(PIP) -e '.[cluster,atari,dmc,crafter,minigrid,onnx,dev]'
 	@rm -f $(VENV)/.dev-* $(VENV)/.run-* && touch $@ $(RUN_STAMP)

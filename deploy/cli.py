@@ -249,7 +249,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command(summary="show how a run is doing, or how it ended", run=_status),
     "runs": Command(summary="list runs: preset, agent, steps, return, state", run=_runs),
     "report": Command(summary="write one HTML file about a run", run=_report),
-    "export": Command(summary="write the acting agent as one file for torch", run=_export),
+    "export": Command(summary="write the acting agent as one file for torch or ONNX", run=_export),
     "scale": Command(summary="let actors join or leave a running training", run=_scale),
     "stop": Command(summary="end actors that were left on a Ray cluster", run=_stop),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),

@@ -55,16 +55,32 @@ def export_acting(
 ) -> bytes:
     """Return a ``.pt2`` file of acting in `envs` environments at once.
 
-    `torch.export.load` reads it; `describe` reads what it says about itself. Nothing in it is
-    unpickled.
+    `torch.export.load` reads it, and its description as an extra file. Nothing in it is unpickled.
     """
-    # Published weights are views of one buffer, which would be written whole for each of them.
-    policy.load_state_dict({k: v.clone() for k, v in policy.state_dict().items()}, assign=True)
-    state: State = policy.initial_state(envs)
-    obs = {key: _zeros(obs_space, key, envs) for key in obs_space}
-    inputs = (obs, torch.ones(envs, dtype=torch.bool), *state)
+    inputs = example_inputs(policy, obs_space, envs)
     program = torch.export.export(ActingStep(policy, mode).eval(), inputs)
-    text = {
+    text = describe(policy, obs_space, action_space, envs=envs, mode=mode)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={DESCRIPTION: json.dumps(text, indent=2)})
+    return buffer.getvalue()
+
+
+def example_inputs(policy: Policy, obs_space: ObsSpace, envs: int) -> tuple[Any, ...]:
+    """Return arguments of `ActingStep` for tracing, and part the policy's weights from each other.
+
+    Published weights are views of one buffer, which would be written whole for each of them.
+    """
+    policy.load_state_dict({k: v.clone() for k, v in policy.state_dict().items()}, assign=True)
+    obs = {key: _zeros(obs_space, key, envs) for key in obs_space}
+    return obs, torch.ones(envs, dtype=torch.bool), *policy.initial_state(envs)
+
+
+def describe(
+    policy: Policy, obs_space: ObsSpace, action_space: ActionSpace, *, envs: int, mode: str
+) -> dict[str, Any]:
+    """Return what an exported file says about itself: columns, shapes of the state, version."""
+    state: State = policy.initial_state(envs)
+    return {
         "obs": {key: _column(obs_space, key) for key in obs_space},
         "actions": {key: _column(action_space, key) for key in action_space},
         "state": {k: list(x.shape) for k, x in zip(("deter", "stoch", "last"), state, strict=True)},
@@ -72,9 +88,6 @@ def export_acting(
         "mode": mode,
         "version": list(policy.version),
     }
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={DESCRIPTION: json.dumps(text, indent=2)})
-    return buffer.getvalue()
 
 
 def _column(space: Mapping[str, Any], key: str) -> dict[str, Any]:
