@@ -16,7 +16,7 @@ from actors.envs import EnvConfig
 from dreamer.config import AgentConfig, V3Config
 from dreamer.presets import AGENTS
 from learner.config import LearnerConfig
-from replay_service import ReplayConfig, has_password
+from replay_service import ReplayConfig, ReplayConfigError, has_password, split_addresses
 
 FILE_NAME = "config.yaml"
 MOST_SHOWN = 8
@@ -26,7 +26,6 @@ _HEADER = """\
 # directory continues with it; `dreamfleet train --help` says what every field means.
 """
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_SEVERAL = re.compile(r"[,;](redis|rediss|unix)://")
 _REDIS = re.compile(r"embedded|(redis|rediss|unix)://\S+")
 _RAY = re.compile(r"local|auto|[\w.-]+:\d+")
 
@@ -73,7 +72,7 @@ class TrainConfig:
     """Where the learner computes: auto, cpu, cuda or cuda:<number>. auto takes CUDA if it works."""
     redis: str = "embedded"
     """Replay server: embedded starts a private one in the run directory; else its address, as
-    redis://, rediss:// or unix://."""
+    redis://, rediss:// or unix://. Several addresses, with commas between them, share the work."""
     ray: str = "local"
     """Ray cluster: local starts a private one, auto joins the one this machine belongs to, else
     <host>:<port> of its head."""
@@ -113,16 +112,16 @@ class TrainConfig:
             raise ConfigError(
                 f"--train-ratio is a number of replayed steps above 0, got {self.train_ratio}"
             )
-        if has_password(self.redis):
+        if any(has_password(address) for address in self.addresses):
             raise ConfigError(
                 "--redis holds a password, which the process list and config.yaml would show: "
                 "put it in a file of mode 0600, and give --replay.password-file FILE and the "
                 "address without it (redis://user@host:port)"
             )
-        if _SEVERAL.search(self.redis):
+        if len(self.addresses) > 1 and self.lockstep:
             raise ConfigError(
-                f"--redis {self.redis} names several servers, and a replay has one: give one "
-                "address"
+                f"--lockstep gives the same run again, and with {len(self.addresses)} servers "
+                "chunks arrive in an order that nobody sets: give --redis one address"
             )
         if self.updates is not None and (self.offline is None or self.updates < 1):
             raise ConfigError(
@@ -132,9 +131,19 @@ class TrainConfig:
         if self.offline is not None and self.lockstep:
             raise ConfigError("--lockstep lets actors take turns, and --offline has none: leave it")
         _require_form("device", self.device, _DEVICE, "auto, cpu, cuda or cuda:<number>")
-        _require_form("redis", self.redis, _REDIS, "embedded, redis://…, rediss://… or unix://…")
+        for address in self.addresses:
+            whole = self.redis if address == "embedded" else address
+            _require_form("redis", whole, _REDIS, "embedded, redis://…, rediss://… or unix://…")
         _require_form("ray", self.ray, _RAY, "local, auto or <host>:<port>")
         self._require_learnable()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses of the replay's servers, or `embedded` alone. Raises ConfigError."""
+        try:
+            return split_addresses(self.redis) or ("",)
+        except ReplayConfigError as error:
+            raise ConfigError(f"--redis: {error}") from error
 
     def _require_learnable(self) -> None:
         """Refuse runs that would end before their first update."""

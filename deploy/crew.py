@@ -17,7 +17,7 @@ from deploy.evaluate import SEED_OFFSET
 from learner.bound import PhaseClock
 from learner.learner import LearnerError
 from learner.publish import Publisher
-from replay_service import ReplayClient
+from replay_service import ReplayClient, ShardedClient
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Crew:
         self,
         spec: ActorSpec,
         hub: Any,
-        client: ReplayClient,
+        client: ReplayClient | ShardedClient,
         *,
         actors: int,
         evaluation: EvalConfig | None = None,

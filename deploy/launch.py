@@ -14,8 +14,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from deploy.cluster import actor_resources, ray_cluster, this_node
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
@@ -35,9 +37,13 @@ from replay_service import (
     ReplayClient,
     Reseeder,
     Schema,
+    ShardedClient,
+    ShardedReseeder,
     address_for,
     estimate_memory,
+    is_loopback,
     plan_limits,
+    split_addresses,
     with_absolute_paths,
 )
 
@@ -88,17 +94,18 @@ def train(config: TrainConfig) -> int:
             batch_length=config.learner.batch_length,
             window_steps=window,
             streams=streams,
+            shards=len(config.addresses),
         )
         check_memory(config, schema, streams, device, run)
         save_config(config, run / FILE_NAME)
 
         # Replay: the server with the log, and the learner's mirror of it
         url = stack.enter_context(replay_server(config, run))
-        client = ReplayClient(address_for(url, config.replay, "learner"))
+        client = connect(config, url)
         stack.callback(client.close)
         create_replay(client, schema, limits, run)
         mirror = Mirror(
-            client,
+            servers_of(client),
             schema,
             capacity_steps=config.replay.capacity_steps,
             window_steps=window,
@@ -173,7 +180,13 @@ def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str,
 
     from replay_service.memory import available_ram_bytes
 
-    plan = estimate_memory(schema, config.replay, streams=streams, writers=config.actors)
+    plan = estimate_memory(
+        schema,
+        config.replay,
+        streams=streams,
+        writers=config.actors,
+        servers=servers_here(config),
+    )
     free = {"ram": available_ram_bytes(), "disk": shutil.disk_usage(run).free, "cuda": 0}
     if device.startswith("cuda"):
         free["cuda"] = torch.cuda.mem_get_info(device)[0]
@@ -190,7 +203,7 @@ def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str,
 
 @contextmanager
 def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
-    """Start a private server in the run directory, or use the given one; yield its address."""
+    """Start a private server in the run directory, or use those given; yield their addresses."""
     if config.redis != "embedded":
         yield config.redis
         return
@@ -202,6 +215,30 @@ def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
         secrets=config.replay.secrets,
     ) as server:
         yield server.listen_url
+
+
+def connect(config: TrainConfig, url: str) -> ReplayClient | ShardedClient:
+    """Return the learner's client of the replay on one or several servers."""
+    clients = [
+        ReplayClient(address_for(address, config.replay, "learner"))
+        for address in split_addresses(url)
+    ]
+    if len(clients) == 1:
+        return clients[0]
+    return ShardedClient(clients, chunk_steps=config.replay.chunk_steps)
+
+
+def servers_of(client: ReplayClient | ShardedClient) -> tuple[ReplayClient, ...]:
+    """Return the clients of all servers, in the order of their addresses."""
+    return client.clients if isinstance(client, ShardedClient) else (client,)
+
+
+def servers_here(config: TrainConfig) -> int:
+    """Return how many replay servers take memory of this machine; one alone is counted anyway."""
+    if len(config.addresses) == 1:
+        return 1
+    hosts = (urlsplit(address).hostname or "localhost" for address in config.addresses)
+    return sum(is_loopback(host) for host in hosts)
 
 
 def standing_crew(config: TrainConfig, run: Path) -> Standing | None:
@@ -246,7 +283,7 @@ def make_fleet(
     config: TrainConfig,
     facts: EnvFacts,
     schema: Schema,
-    client: ReplayClient,
+    client: ReplayClient | ShardedClient,
     hub: Any,
     url: str,
     standing: Standing | None,
@@ -311,7 +348,7 @@ def make_learner(
     run: Path,
     facts: EnvFacts,
     mirror: Any,
-    client: ReplayClient,
+    client: ReplayClient | ShardedClient,
     limiter: CreditLimiter,
     hub: Any,
     fleet: Crew,
@@ -387,7 +424,9 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
     )
 
 
-def create_replay(client: ReplayClient, schema: Schema, limits: Limits, run: Path) -> None:
+def create_replay(
+    client: ReplayClient | ShardedClient, schema: Schema, limits: Limits, run: Path
+) -> None:
     """Create the replay; if the run has lost the one it had, closed to actors until `count_on`."""
     from learner.checkpoint import newest_fence
 
@@ -395,7 +434,7 @@ def create_replay(client: ReplayClient, schema: Schema, limits: Limits, run: Pat
     client.create(schema, limits, token="resume" if continued else None)
 
 
-def take_fence(client: ReplayClient, run: Path) -> int:
+def take_fence(client: ReplayClient | ShardedClient, run: Path) -> int:
     """Return a fence above all that this run ever had, also if the server has lost its data."""
     from learner.checkpoint import newest_fence
 
@@ -406,17 +445,30 @@ def take_fence(client: ReplayClient, run: Path) -> int:
     return client.acquire_fence()
 
 
-def make_reseeder(config: TrainConfig, url: str, learner: Learner, limits: Limits) -> Reseeder:
-    """Prepare for a server that loses its data. Records go back with the rights of an actor."""
-    return Reseeder(
-        learner.client,
-        lambda: ReplayClient(address_for(url, config.replay, "actor")),
-        learner.mirror,
-        limits,
-        fence=learner.fence,
-        mode=config.replay.on_data_loss,
-        codec=config.replay.codec,
-    )
+def make_reseeder(
+    config: TrainConfig, url: str, learner: Learner, limits: Limits
+) -> Reseeder | ShardedReseeder:
+    """Prepare for servers that lose their data. Records go back with the rights of an actor."""
+
+    def writer(address: str) -> ReplayClient:
+        return ReplayClient(address_for(address, config.replay, "actor"))
+
+    client, addresses = learner.client, split_addresses(url)
+    if isinstance(client, ShardedClient):
+        limits = client.limits_of_each(limits)
+    reseeders = [
+        Reseeder(
+            one,
+            partial(writer, address),
+            learner.mirror.of(number),
+            limits,
+            fence=learner.fence,
+            mode=config.replay.on_data_loss,
+            codec=config.replay.codec,
+        )
+        for number, (one, address) in enumerate(zip(servers_of(client), addresses, strict=True))
+    ]
+    return reseeders[0] if len(reseeders) == 1 else ShardedReseeder(client, reseeders)
 
 
 def export_fleet(learner: Learner, fleet: Crew) -> None:
@@ -427,7 +479,9 @@ def export_fleet(learner: Learner, fleet: Crew) -> None:
 
 
 @contextmanager
-def listed(config: TrainConfig, client: ReplayClient, learner: Learner) -> Iterator[None]:
+def listed(
+    config: TrainConfig, client: ReplayClient | ShardedClient, learner: Learner
+) -> Iterator[None]:
     """Have the learner's metrics in the list that the replay service gives to Prometheus."""
     from replay_service.discovery import Registration, Target, reached_at
 
@@ -437,7 +491,7 @@ def listed(config: TrainConfig, client: ReplayClient, learner: Learner) -> Itera
         return
     address = reached_at(knobs.metrics_host or knobs.metrics_listen, port, client.url)
     labels = {"role": "learner", "run": learner.facts.directory.name}
-    with Registration(client, Target(address=address, labels=labels)):
+    with Registration(servers_of(client)[0], Target(address=address, labels=labels)):
         yield
 
 
@@ -468,7 +522,8 @@ def count_on(learner: Learner, saved: Checkpoint | None) -> None:
     """Open the replay, counting on from a checkpoint if the replay that belongs to it is gone."""
     if saved is not None:
         before = saved.manifest["env_steps"]
-        if not learner.client.stats().committed_chunks:
+        bare = any(not one.stats().committed_chunks for one in servers_of(learner.client))
+        if bare and learner.env_steps < before:
             learner.continue_account(before)
         elif learner.env_steps < before:
             log.warning(

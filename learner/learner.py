@@ -35,6 +35,7 @@ from replay_service import (
     ReplayMissing,
     ReplayUnavailable,
     Reseeder,
+    ShardedReseeder,
     continue_account,
 )
 
@@ -98,7 +99,7 @@ class Learner:
         publisher: Publisher | NoPublisher,
         recorder: Recorder,
         fence: int,
-        reseeder: Reseeder | None = None,
+        reseeder: Reseeder | ShardedReseeder | None = None,
     ) -> None:
         self.config, self.facts = config, facts
         self.agent, self.step, self.mirror, self.client = agent, step, mirror, client
@@ -196,10 +197,11 @@ class Learner:
             self._restore_latents(state["latents"])
 
     def continue_account(self, env_steps: int) -> None:
-        """Count on from so many environment steps, in a replay that was lost and is empty."""
+        """Count on from so many environment steps where a server has lost its data and is empty."""
         log.error(
-            "replay_lost nothing of the %d environment steps of the checkpoint is left: training "
-            "goes on once there are %d new ones",
+            "replay_lost %d of the %d environment steps of the checkpoint are not there any more: "
+            "training goes on with at least %d steps",
+            env_steps - self.env_steps,
             env_steps,
             self.limiter.min_size_steps,
         )
@@ -226,7 +228,7 @@ class Learner:
             version=stats.version,
             weights_age_s=age,
             waiting_for=lasting(*self._updates_wait()),
-            inserts_wait=lasting(*self._inserts_wait()),
+            inserts_wait=self._who_waits(),
             phase=self.outcome or None,
         )
 
@@ -235,6 +237,11 @@ class Learner:
         restoring = self.reseeder.progress if self.reseeder else ""
         reason = restoring or self.pace.reason
         return reason, self._no_updates.seconds(reason, self.updates)
+
+    def _who_waits(self) -> str:
+        """Return what inserts wait for and for how long, and first which servers are away."""
+        away = f"some inserts wait: {self.client.trouble}" if self.client.trouble else ""
+        return "; ".join(filter(None, (away, lasting(*self._inserts_wait()))))
 
     def _inserts_wait(self) -> tuple[str, float]:
         """Return why no insert is admitted, and for how many seconds none has been."""
@@ -372,7 +379,7 @@ class Learner:
                 raise
             self._restore_replay(self.reseeder)
 
-    def _restore_replay(self, reseeder: Reseeder) -> None:
+    def _restore_replay(self, reseeder: Reseeder | ShardedReseeder) -> None:
         """Put the replay that the server has lost back, as far as the mirror has it."""
         events = reseeder.run(self.replayed_steps, self._budget(), self.stop.is_set)
         self.recorder.score(events)
@@ -394,7 +401,7 @@ class Learner:
         if self.facts.lockstep:
             return UNLIMITED  # its actors step when they are asked to
         # The chunk that crosses the target must still fit, or the target is never reached.
-        last = self.facts.target_steps + self.limiter.chunk_steps - 1
+        last = self.facts.target_steps + self.limiter.room_steps - 1
         return min(self.limiter.budget(self.updates), max(last, self.env_steps))
 
     def _finish(self) -> str:

@@ -35,7 +35,7 @@ class OfflinePace:
 class NoAccount:
     """The limiter of a learner that nobody waits for: it owes nothing and pays for nothing."""
 
-    i0 = min_size_steps = chunk_steps = 0
+    i0 = min_size_steps = room_steps = 0
     train_ratio = Fraction(0)
 
     def __init__(self, batch_steps: int) -> None:
@@ -56,6 +56,8 @@ class NoAccount:
 
 class NoServer:
     """The server of a learner that only reads: what it has replayed is settled with nobody."""
+
+    trouble = ""
 
     def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> None:
         """Do nothing."""

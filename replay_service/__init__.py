@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from replay_service.reseed import Reseeder, ShardedReseeder, continue_account
     from replay_service.restore import ImportResult, create_like, import_archive
     from replay_service.schema import Column, Schema
-    from replay_service.security import address_for, has_password, with_absolute_paths
+    from replay_service.security import address_for, has_password, is_loopback, with_absolute_paths
     from replay_service.server import EmbeddedServer
     from replay_service.sharded import ShardedClient
     from replay_service.shards import BudgetSplit, shard_of, split_addresses
@@ -78,7 +78,7 @@ _HOMES = {
     "reseed": ("Reseeder", "ShardedReseeder", "continue_account"),
     "restore": ("ImportResult", "create_like", "import_archive"),
     "schema": ("Column", "Schema"),
-    "security": ("address_for", "has_password", "with_absolute_paths"),
+    "security": ("address_for", "has_password", "is_loopback", "with_absolute_paths"),
     "server": ("EmbeddedServer",),
     "sharded": ("ShardedClient",),
     "shards": ("BudgetSplit", "shard_of", "split_addresses"),
@@ -142,6 +142,7 @@ __all__ = [
     "export_archive",
     "has_password",
     "import_archive",
+    "is_loopback",
     "plan_limits",
     "shard_of",
     "split_addresses",

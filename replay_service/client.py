@@ -89,10 +89,14 @@ class ReplayClient:
         url: ``unix:///path``, ``redis://host:port`` or ``rediss://…``.
         shard: number of the shard, part of every key.
         timeout_s: deadline of one call.
+
+    Attributes:
+        trouble: empty: only calls say what goes wrong. See `ShardedClient`, which notes it.
     """
 
     def __init__(self, url: str, *, shard: int = 0, timeout_s: float = 5.0) -> None:
         self.url = url
+        self.trouble = ""
         self.shard = shard
         self.timeout_s = timeout_s
         self.address = without_password(url)

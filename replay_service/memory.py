@@ -27,7 +27,7 @@ class MemoryPlan:
     step_bytes: int
     """One step, all columns."""
     redis_bytes: int
-    """The server: its memory limit, or less if the capacity is smaller."""
+    """Servers on this machine: their memory limit, or less if the capacity is smaller."""
     mirror_bytes: int
     """The learner's decoded copy, wherever it is placed."""
     queue_bytes: int
@@ -84,7 +84,7 @@ class MemoryPlan:
 
 
 def estimate_memory(
-    schema: Schema, config: ReplayConfig, *, streams: int, writers: int = 1
+    schema: Schema, config: ReplayConfig, *, streams: int, writers: int = 1, servers: int = 1
 ) -> MemoryPlan:
     """Estimate the memory of server, mirror, sampling and writers.
 
@@ -92,6 +92,7 @@ def estimate_memory(
         schema, config: the replay.
         streams: environments that write at the same time.
         writers: processes that they are spread over.
+        servers: on this machine; each takes its limit.
     """
     chunk_bytes = max_blob_bytes(schema, config.chunk_steps) + _CHUNK_OVERHEAD_BYTES
     chunks = -(-config.capacity_steps // config.chunk_steps)
@@ -107,7 +108,7 @@ def estimate_memory(
     trees = (config.sampling.windows == "episodes") + (config.sampling.prioritised > 0)
     return MemoryPlan(
         step_bytes=schema.step_bytes,
-        redis_bytes=min(config.redis_memory_bytes, chunks * chunk_bytes * 4 // 3),
+        redis_bytes=servers * min(config.redis_memory_bytes, chunks * chunk_bytes * 4 // 3),
         mirror_bytes=rows * schema.step_bytes,
         queue_bytes=QUEUE_BYTES,
         resend_bytes=rings + streams * (2 * config.pending_chunks + 1) * chunk_bytes,

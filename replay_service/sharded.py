@@ -135,7 +135,7 @@ class ShardedClient:
         """
         self._require_distinct()
         self._min_size = limits.min_size_steps
-        each = replace(limits, min_size_steps=0, budget_steps=0)
+        each = self.limits_of_each(limits)
         new = [client.create(schema, each, token=token) for client in self.clients]
         if len(self.clients) > 1:
             highest = max(client.highest_incarnation() for client in self.clients)
@@ -143,6 +143,10 @@ class ShardedClient:
             for client in self.clients:
                 client.create(schema, each, token=token, incarnations_from=base)
         return all(new)
+
+    def limits_of_each(self, limits: Limits) -> Limits:
+        """Return what one shard enforces where the limits are those of all."""
+        return replace(limits, min_size_steps=0, budget_steps=0)
 
     def acquire_fence(self, at_least: int = 0) -> int:
         """Return a fence that is the newest on every shard; see `ReplayClient.acquire_fence`."""
@@ -174,8 +178,10 @@ class ShardedClient:
         return ReplayStats(**values)
 
     def memory(self) -> tuple[int, int]:
-        """Return bytes used and the limit of the shard that is the fullest."""
-        found = [client.memory() for client in self.clients]
+        """Return bytes used and the limit of the fullest shard, of those that answer."""
+        found = [link.client.memory() for link in self._links if not link.reason]
+        if not found:
+            raise ReplayUnavailable(self.trouble)
         return max(found, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
 
     def register(self, process: str, live_ms: int, text: str) -> None:
