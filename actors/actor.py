@@ -18,12 +18,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import ray
 import torch
 
 from actors.config import ActorConfig
 from actors.envs import EnvConfig
 from actors.loop import ActingLoop, LoopObserver, LoopStopped, derive_seed
-from actors.metrics import ActorMetrics, Endpoint
+from actors.metrics import ActorMetrics
 from actors.weights import Refresher, WeightSource
 from actors.worker import make_worker
 from dreamer.config import AgentConfig
@@ -31,24 +32,31 @@ from dreamer.spaces import ActionSpace, ObsSpace
 from dreamer.weights import Version, WeightsError
 from replay_service import (
     ChunkWriter,
+    MetricsEndpoint,
+    Registration,
     ReplayClient,
     ReplayClosed,
     ReplayConfig,
     ReplayError,
     ReplayUnavailable,
     Schema,
+    Target,
     Uploader,
     address_for,
+    reached_at,
     shard_of,
     split_addresses,
 )
 
 log = logging.getLogger(__name__)
 
-Phase = Literal["replay", "environments", "policy", "weights", "acting", "stopped", "failed"]
+Phase = Literal[
+    "metrics", "replay", "environments", "policy", "weights", "acting", "stopped", "failed"
+]
 
 _FIRST_WEIGHTS: Version = (-1, 0)
 _RETRY_S = 0.5
+_LIST_S = 2.0
 _POLICY_STREAM = 2**31
 
 
@@ -58,6 +66,8 @@ class ActorSpec:
 
     run: str
     """Name of the run; the streams are called <run>-a<slot>-e<environment>."""
+    shown_as: str = ""
+    """What dashboards call the run, if it is another name: that of its directory."""
     slot: int = 0
     """Which actor of the run this is; a replacement has the same slot."""
     life: int = 0
@@ -116,9 +126,9 @@ class ActorProcess:
     def __init__(self, spec: ActorSpec, source: WeightSource) -> None:
         torch.set_num_threads(1)
         self._spec, self._source = spec, source
-        self._phase: Phase = "replay"
+        self._phase: Phase = "metrics"
         self._failed_in = self._error = self._trace = ""
-        self._stale = self._silent = False
+        self._stale = False
         self._stop, self._drain_s = threading.Event(), 10.0
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -129,7 +139,7 @@ class ActorProcess:
         self._metrics = ActorMetrics(
             slot=spec.slot, env=spec.env_id, split=spec.split, read=self._exported
         )
-        self._endpoint = Endpoint(self._metrics.registry)
+        self._metrics_port = 0
         self._thread = threading.Thread(target=self._run, name="acting", daemon=True)
         self._thread.start()
 
@@ -156,7 +166,7 @@ class ActorProcess:
             "life": self._spec.life,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "metrics_port": self._endpoint.port,
+            "metrics_port": self._metrics_port,
             "phase": self._phase,
             "failed_in": self._failed_in,
             "error": self._error,
@@ -235,10 +245,6 @@ class ActorProcess:
             uploader = self._uploader
             if self._thread.is_alive() and uploader and (uploader.blocked_reason or not drain):
                 uploader.interrupt()
-        with self._lock:
-            if not self._silent:
-                self._endpoint.close()
-            self._silent = True
         return self.stats()
 
     def _run(self) -> None:
@@ -270,6 +276,8 @@ class ActorProcess:
 
     def _build(self, stack: ExitStack) -> None:
         spec = self._spec
+        self._show_metrics(stack)
+        self._phase = "replay"
         writers = self._open_streams(stack)
         self._phase = "policy"
         life = writers[0].incarnation
@@ -307,6 +315,25 @@ class ActorProcess:
         stack.callback(self._refresher.stop)
         self._load_first_weights()
         self._phase = "acting"
+
+    def _show_metrics(self, stack: ExitStack) -> None:
+        """Serve metrics until the actor ends, and have them in the list of the replay service."""
+        knobs, spec = self._spec.actor, self._spec
+        endpoint = MetricsEndpoint(
+            self._metrics.registry,
+            host=knobs.metrics_listen,
+            token_file=knobs.metrics_token_file,
+        )
+        stack.callback(endpoint.close)
+        self._metrics_port = endpoint.port
+        url = address_for(split_addresses(spec.replay_url)[0], spec.replay, "actor")
+        # A connection of its own: the list must not wait for chunks, nor chunks for the list.
+        client = ReplayClient(url, timeout_s=_LIST_S)
+        stack.callback(client.close)
+        host = knobs.metrics_host or knobs.metrics_listen
+        address = reached_at(host, endpoint.port, client.url, _node_address())
+        labels = {"run": spec.shown_as or spec.run}
+        stack.enter_context(Registration(client, Target(address=address, labels=labels)))
 
     def _observer(self) -> LoopObserver:
         return self._metrics
@@ -472,6 +499,11 @@ def load_factory(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r}: {module} has nothing callable called {name!r}")
     return found
+
+
+def _node_address() -> str:
+    """Return the address that this node has in Ray, nothing outside of it."""
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else ""
 
 
 def _close_quietly(uploader: Uploader) -> None:

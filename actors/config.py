@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from actors.envs.config import EnvConfig
+from replay_service import is_loopback
 
 __all__ = ["ActorConfig", "EnvConfig", "EvalConfig", "FleetConfig"]
 
@@ -30,6 +32,15 @@ class ActorConfig:
     valid step between them, after which its actor gives up."""
     max_policy_age_s: float = 600.0
     """Age of the policy in seconds above which an actor warns; it keeps acting on what it has."""
+    metrics_listen: str = "127.0.0.1"
+    """Address at which every actor serves its metrics, on a free port; beyond loopback it needs a
+    token."""
+    metrics_token_file: Path | None = None
+    """File on the actor's node whose first line readers of its metrics must send as a bearer token,
+    readable by its owner alone."""
+    metrics_host: str | None = None
+    """Name or address at which Prometheus reaches the actor's node, if it is not the one that the
+    node has in Ray. It is the same for all nodes."""
 
     def __post_init__(self) -> None:
         if self.isolation not in ("process", "inline"):
@@ -38,6 +49,12 @@ class ActorConfig:
             if not getattr(self, name) > 0:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--actor.{flag} must be above 0, got {getattr(self, name)}")
+        if self.metrics_token_file is None and not is_loopback(self.metrics_listen):
+            raise ValueError(
+                f"--actor.metrics-listen {self.metrics_listen} would show metrics to anybody on "
+                "the network: give --actor.metrics-token-file with a file that only you can read "
+                "and whose first line is a long random word, or listen at 127.0.0.1"
+            )
         if self.max_failures < 1:
             raise ValueError(f"--actor.max-failures must be at least 1, got {self.max_failures}")
 

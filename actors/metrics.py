@@ -1,11 +1,11 @@
-"""Prometheus metrics of actor processes and of the fleet, served on a loopback port each."""
+"""Prometheus metrics of actor processes and of the fleet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -128,23 +128,3 @@ class FleetMetrics(Collector):
             "Slots given up after too many restarts.",
             value=values["quarantined"],
         )
-
-
-class Endpoint:
-    """Serves a registry over HTTP from a thread, on loopback only unless told otherwise.
-
-    Args:
-        registry: what to serve.
-        port: 0 asks for any free one, see `port`.
-        host: address to listen on.
-    """
-
-    def __init__(self, registry: CollectorRegistry, port: int = 0, host: str = "127.0.0.1") -> None:
-        self._server, self._thread = start_http_server(port, addr=host, registry=registry)
-        self.port = int(self._server.server_port)
-
-    def close(self) -> None:
-        """Stop serving. Blocks until the thread has ended, about half a second."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +126,7 @@ def train(config: TrainConfig) -> int:
         interrupts.reinstall()
         standing = standing_crew(config, run)
         hub = weight_hub(run, standing)
-        fleet = make_fleet(config, facts, schema, client, hub, url, standing)
+        fleet = make_fleet(config, run, facts, schema, client, hub, url, standing)
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
@@ -281,6 +281,7 @@ def weight_hub(run: Path, standing: Standing | None) -> Any:
 
 def make_fleet(
     config: TrainConfig,
+    run: Path,
     facts: EnvFacts,
     schema: Schema,
     client: ReplayClient | ShardedClient,
@@ -296,12 +297,15 @@ def make_fleet(
     from actors.fleet import Supervision
     from deploy.crew import Crew
 
+    token = config.actor.metrics_token_file
     spec = ActorSpec(
         run=config.preset,
+        shown_as=run.name,
         env_id=config.env,
         envs=config.envs_per_actor,
         environment=config.environment,
-        actor=config.actor,
+        # An actor runs in another directory.
+        actor=replace(config.actor, metrics_token_file=token and token.absolute()),
         agent=config.agent,
         obs_space=facts.obs_space,
         action_space=facts.action_space,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from replay_service.client import InsertReply, LogEntry, ReplayClient
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
     from replay_service.counters import ReplayStats
+    from replay_service.discovery import Registration, Target, reached_at
     from replay_service.endpoint import MetricsEndpoint
     from replay_service.errors import (
         ChunkError,
@@ -54,6 +55,7 @@ _HOMES = {
     "client": ("InsertReply", "LogEntry", "ReplayClient"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
     "counters": ("ReplayStats",),
+    "discovery": ("Registration", "Target", "reached_at"),
     "endpoint": ("MetricsEndpoint",),
     "errors": (
         "ChunkError",
@@ -107,6 +109,7 @@ __all__ = [
     "MemoryPlan",
     "MetricsEndpoint",
     "Mirror",
+    "Registration",
     "ReplayAuthError",
     "ReplayClient",
     "ReplayClosed",
@@ -127,6 +130,7 @@ __all__ = [
     "ServerLog",
     "ShardedClient",
     "ShardedReseeder",
+    "Target",
     "UploadStats",
     "Uploader",
     "Violation",
@@ -144,6 +148,7 @@ __all__ = [
     "import_archive",
     "is_loopback",
     "plan_limits",
+    "reached_at",
     "shard_of",
     "split_addresses",
     "with_absolute_paths",

@@ -118,14 +118,14 @@ def live_targets(client: ReplayClient) -> list[Target]:
     return sorted(targets, key=lambda target: target.address)
 
 
-def reached_at(host: str, port: int, url: str) -> str:
+def reached_at(host: str, port: int, url: str, node: str = "") -> str:
     """Return host:port at which others reach what listens on `host`.
 
-    Where that is every network of this machine, it is the address that this machine has towards
-    the replay server at `url`, or its name if the server is on this machine.
+    Where that is every network of this machine, it is `node`, else the address that this machine
+    has towards the replay server at `url`, or its name if the server is on this machine.
     """
     if host in ANY_HOST:
-        host = _own_address(urlsplit(url).hostname or "") or socket.gethostname()
+        host = node or _own_address(urlsplit(url).hostname or "") or socket.gethostname()
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

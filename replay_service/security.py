@@ -42,7 +42,7 @@ class Role:
 ROLES: dict[RoleName, Role] = {
     "actor": Role(
         purpose="inserts chunks",
-        functions=("insert", "open", "close", "stats"),
+        functions=("insert", "open", "close", "stats", "register"),
         commands="ping info time",
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset",
@@ -50,6 +50,7 @@ ROLES: dict[RoleName, Role] = {
             "~{rp*}:log": "xadd xrange",
             "%W~{rp*}:c:*": "set strlen exists persist del",
             "%R~{rp*}:wake": "xread",
+            "~{rp*}:sd": "hset hdel hgetall",
         },
     ),
     "learner": Role(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ from actors.actor import ActorProcess, ActorSpec, Rate, load_factory
 from actors.config import ActorConfig
 from dreamer.weights import pack
 from replay_service import Column, ReplayClient, ReplayConfig, Schema
+from replay_service.discovery import live_targets
 
 pytestmark = pytest.mark.integration
 
@@ -214,3 +216,35 @@ def test_chunks_do_not_depend_on_the_clock_in_lockstep(client: ReplayClient, sta
     actor = start(make_spec(client, lockstep=True, replay=config))
     actor.collect(30, (1, 0))
     assert client.stats().chunks == 2
+
+
+def test_actor_is_in_the_list_of_metrics_until_it_ends(client: ReplayClient, start: Any) -> None:
+    actor = start(replace(make_spec(client), shown_as="tuesday"))
+    until(lambda: live_targets(client) != [])
+    (target,) = live_targets(client)
+    assert target.address == f"127.0.0.1:{actor.stats()['metrics_port']}"
+    assert target.labels == {"run": "tuesday"}
+    actor.stop()
+    assert live_targets(client) == []
+
+
+def test_metrics_beyond_loopback_want_a_token(
+    client: ReplayClient, start: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"give --actor.metrics-token-file .* or listen at 127"):
+        ActorConfig(metrics_listen="0.0.0.0")
+    token = tmp_path / "metrics.token"
+    knobs = ActorConfig(isolation="inline", metrics_listen="0.0.0.0", metrics_token_file=token)
+    lost = start(replace(make_spec(client), actor=knobs))
+    until(lambda: phase(lost, "failed"))
+    assert lost.stats()["failed_in"] == "metrics" and str(token) in lost.stats()["error"]
+    token.write_text("sesame\n")
+    token.chmod(0o600)
+    actor = start(replace(make_spec(client), actor=knobs))
+    until(lambda: actor.stats()["metrics_port"] > 0)
+    url = f"http://127.0.0.1:{actor.stats()['metrics_port']}/metrics"
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(url, timeout=5)
+    known = urllib.request.Request(url, headers={"Authorization": "Bearer sesame"})
+    with urllib.request.urlopen(known, timeout=5) as answer:
+        assert b"dreamer_env_steps_total" in answer.read()

@@ -146,7 +146,7 @@ def test_no_service_holds_a_secret_that_it_does_not_need(everything: dict[str, A
         name: {secret["source"] for secret in service.get("secrets", [])}
         for name, service in everything["services"].items()
     }
-    assert held["actors"] == {"actor.password", "ray.token"}
+    assert held["actors"] == {"actor.password", "ray.token", "metrics.token"}
     assert held["learner"] == {"learner.password", "ray.token", "metrics.token"}
     assert held["replay"] == {"admin.password", "exporter.password", "metrics.token"}
     assert held["redis-exporter"] == {"exporter.password"}

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from actors.metrics import Endpoint
 from deploy.dashboards import ANNOTATIONS, DIRECTORY, INFRA, PAGES, SOURCE, metrics_in, render
+from replay_service.endpoint import MetricsEndpoint
 
 OURS = [*{query for page in PAGES if page is not INFRA for query in page.queries()}]
 MARKS = [query for _, query, _ in ANNOTATIONS]
@@ -76,7 +76,7 @@ def test_every_query_is_one(tmp_path: Path) -> None:
 def test_every_query_returns_data(registries: dict[str, CollectorRegistry], tmp_path: Path) -> None:
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (Debian: prometheus)")
-    endpoints = {role: Endpoint(registry) for role, registry in registries.items()}
+    endpoints = {role: MetricsEndpoint(registry) for role, registry in registries.items()}
     jobs = [
         {
             "job_name": role,

@@ -8,13 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPException
 from pathlib import Path
 
-import psutil
 import pytest
 
 from replay_service import EmbeddedServer
@@ -45,39 +42,13 @@ def ending(command: list[str], **options: object) -> Iterator[subprocess.Popen[s
                 process.kill()
 
 
-def actors_of(run: Run) -> list[str]:
-    """Return where the actors of a run serve their metrics; they are in no list."""
-    found = []
-    for child in psutil.Process(run.process.pid).children(recursive=True):
-        try:
-            listening = child.net_connections("tcp")
-        except psutil.Error:
-            continue
-        for one in listening:
-            if one.status == psutil.CONN_LISTEN and one.laddr.ip == "127.0.0.1":
-                address = f"127.0.0.1:{one.laddr.port}"
-                if "dreamer_env_steps_total" in fetch(f"http://{address}/metrics"):
-                    found.append(address)
-    return found
-
-
-def fetch(url: str) -> str:
-    """Return a page, nothing where there is none."""
-    try:
-        with urllib.request.urlopen(url, timeout=1) as answer:
-            return str(answer.read().decode(errors="replace"))
-    except (OSError, HTTPException):
-        return ""
-
-
-def prometheus(directory: Path, service: str, actors: list[str]) -> tuple[list[str], str]:
+def prometheus(directory: Path, service: str) -> tuple[list[str], str]:
     """Write what Prometheus is to scrape and watch; return its command and its address."""
     jobs = [
         {
             "job_name": "dreamfleet",
             "http_sd_configs": [{"url": f"http://{service}/sd", "refresh_interval": "1s"}],
         },
-        {"job_name": "actors", "static_configs": [{"targets": actors}]},
     ]
     every = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config = directory / "prometheus.yml"
@@ -123,7 +94,7 @@ def live(tmp_path: Path) -> Iterator[str]:
         run = Run(tmp_path / "run", *flags, *EVALUATED, "--learner.checkpoint-every-s", "2")
         stack.callback(end, run)
         run.wait_for(lambda now: int(str(now.get("updates", 0))) > 0, START_S)
-        command, asked = prometheus(tmp_path, listening[1], actors_of(run))
+        command, asked = prometheus(tmp_path, listening[1])
         stack.enter_context(ending(command, stderr=subprocess.DEVNULL))
         yield asked
 
@@ -137,5 +108,5 @@ def test_every_query_returns_data_of_a_live_run_and_no_alert_fires(live: str) ->
         empty = [query for query in wanted if not ask(live, query)]
     assert {*empty} <= NOTHING_HAPPENED, "these return nothing"
     jobs = {one["metric"]["job"] for one in ask(live, "up == 1")}
-    assert jobs == {"dreamfleet", "actors"} and not ask(live, "up == 0")
+    assert jobs == {"dreamfleet"} and not ask(live, "up == 0")
     assert [one["metric"] for one in ask(live, 'ALERTS{alertstate="firing"}')] == []

@@ -201,4 +201,6 @@ def test_counters_pages_parse_as_prometheus_text(client: ReplayClient, watch: Re
 def test_the_address_is_one_that_others_reach() -> None:
     assert reached_at("127.0.0.1", 9, "redis://127.0.0.1:1") == "127.0.0.1:9"
     assert reached_at("::1", 9, "redis://127.0.0.1:1") == "[::1]:9"
+    assert reached_at("0.0.0.0", 9, "redis://127.0.0.1:1", node="10.1.2.3") == "10.1.2.3:9"
+    assert reached_at("127.0.0.1", 9, "redis://127.0.0.1:1", node="10.1.2.3") == "127.0.0.1:9"
     assert not reached_at("0.0.0.0", 9, "redis://127.0.0.1:1").startswith("0.0.0.0")

@@ -106,6 +106,7 @@ def test_actor_and_learner_do_their_whole_work_with_their_own_rights(
     insert_many(actor, 0, 20, start=4)
     assert actor.stats().size_steps == 64 and actor.stats().evicted_steps == 23 * 8 - 64
     actor.close_stream("s0@1", 23)
+    actor.register("process", 1000, "{}")
     insert_many(actor, 1, 8)
     entries = learner.read_log("0", 100, 0.01)
     assert [entry.sid for entry in entries] == ["s1@1"] * 8
