@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from deploy.launch import (
 )
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, summary
-from deploy.replaycmd import Access, open_replay
+from deploy.replaycmd import Access, open_replays
 from deploy.rundir import run_directory
 from replay_service import Archive, ArchiveLog, Mirror, Schema, ServerLog
 from replay_service.archive import MANIFEST
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 class Source:
     """A replay to read."""
 
-    log: LogSource
-    """Its chunks."""
+    log: LogSource | Sequence[LogSource]
+    """Its chunks; of several servers the log of each."""
     schema: Schema
     """Their columns."""
     steps: int | None
@@ -142,8 +142,10 @@ def open_source(config: TrainConfig) -> Iterator[Source]:
         )
     knobs = config.replay
     access = Access(secrets=knobs.secrets, password_file=knobs.password_file, ca_file=knobs.ca_file)
-    with open_replay(config.offline, access) as (client, _):
-        yield Source(log=ServerLog(client), schema=client.schema(), steps=None)
+    with open_replays(config.offline, access) as (clients, _):
+        yield Source(
+            log=[ServerLog(client) for client in clients], schema=clients[0].schema(), steps=None
+        )
 
 
 def require_columns(config: TrainConfig, wanted: Schema, found: Schema) -> None:

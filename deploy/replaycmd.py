@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from replay_service import (
     CreditLimiter,
     ReplayClient,
     ReplayConfig,
+    ReplayStats,
     ReplayTimeout,
     ReplayUnavailable,
     address_for,
@@ -34,9 +35,10 @@ from replay_service import (
     export_archive,
     import_archive,
     plan_limits,
+    split_addresses,
 )
 from replay_service.archive import MANIFEST
-from replay_service.invariants import NAMES
+from replay_service.invariants import NAMES, Progress, judge_account
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class ReplayCheckOptions(Access):
     """Check that a replay keeps what it promises, without changing it; exit code 1 if not."""
 
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL|ARCHIVE")]
-    """Run directory (its server is started for the check if it does not run), address of a server,
-    or directory of an archive."""
+    """Run directory (its server is started for the check if it does not run), address of a server
+    or of several with commas between them, or directory of an archive."""
     contents: bool = True
     """Read every chunk; --no-contents looks at the log, sizes and counters alone."""
     timeout_s: float = 600.0
@@ -82,9 +84,10 @@ class ReplayExportOptions(Access):
     """Write everything that a replay retains to a directory of .npy files."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR|URL")]
-    """Run directory, whether it runs or not, or address of a server."""
+    """Run directory, whether it runs or not, or address of a server, or of several with commas
+    between them."""
     archive: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ARCHIVE")]
-    """Directory to make."""
+    """Directory to make; of several servers each gets one inside it, shard-0 and so on."""
     timeout_s: float = 3600.0
     """Seconds after which the export gives up."""
 
@@ -127,6 +130,10 @@ class ReplayServeOptions(Access):
                 f"replay serve takes the address of a server, such as redis://host:6379, got "
                 f"{self.url!r}"
             )
+        if len(split_addresses(self.url)) > 1:
+            raise ConfigError(
+                f"replay serve looks after one server, got {self.url!r}: start it once for each"
+            )
         address_of(self.listen)
 
 
@@ -159,33 +166,69 @@ def check(options: ReplayCheckOptions) -> int:
     path = Path(options.target)
     with _bar("checking") as progress:
         if "://" not in options.target and (path / MANIFEST).is_file():
-            report = check_archive(Archive(path), timeout_s=options.timeout_s, progress=progress)
+            reports = [check_archive(Archive(path), timeout_s=options.timeout_s, progress=progress)]
         else:
-            with open_replay(options.target, options) as (client, config):
-                report = check_server(
-                    client,
-                    contents=options.contents,
-                    account=_account(config, client) if config else None,
-                    timeout_s=options.timeout_s,
-                    progress=progress,
-                )
-    _show(report)
-    return 0 if report.ok else 1
+            with open_replays(options.target, options) as (clients, config):
+                reports = _check_servers(clients, config, options, progress)
+    for report in reports:
+        _show(report)
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _check_servers(
+    clients: Sequence[ReplayClient],
+    config: TrainConfig | None,
+    options: ReplayCheckOptions,
+    progress: Progress,
+) -> list[CheckReport]:
+    """Check each server; the account, which is one of all, is judged with the first."""
+    account = _account(config, clients) if config else None
+    before = [client.stats() for client in clients]
+    reports = [
+        check_server(
+            client,
+            contents=options.contents,
+            account=account if len(clients) == 1 else None,
+            timeout_s=options.timeout_s,
+            progress=progress,
+        )
+        for client in clients
+    ]
+    if account is not None and len(clients) > 1:
+        first, after = reports[0], [client.stats() for client in clients]
+        stats = ReplayStats.together(before), ReplayStats.together(after)
+        first.notes += judge_account(account, *stats, first.findings)
+        first.scope["D"] = "account of all servers and admission"
+    return reports
 
 
 def export(options: ReplayExportOptions) -> int:
     """Export a replay and print what was written. Raises ReplayError if it cannot be."""
-    with _bar("exporting") as progress, open_replay(options.source, options) as (client, config):
+    with _bar("exporting") as progress, open_replays(options.source, options) as (clients, config):
         run = Path(options.source)
         extra = {FILE_NAME: (run / FILE_NAME).read_bytes()} if config else {}
-        made = export_archive(
-            client, options.archive, extra=extra, timeout_s=options.timeout_s, progress=progress
+        places = {options.archive: clients[0]}
+        if len(clients) > 1:
+            options.archive.mkdir(parents=True, exist_ok=True)
+            # A shard to which no stream belongs has nothing to write.
+            held = [bool(client.stats().chunks) for client in clients]
+            places = {
+                options.archive / f"shard-{number}": client
+                for number, client in enumerate(clients)
+                if held[number] or not any(held)
+            }
+        archives = [
+            export_archive(
+                client, place, extra=extra, timeout_s=options.timeout_s, progress=progress
+            )
+            for place, client in places.items()
+        ]
+    for made in archives:
+        console().print(
+            f"{count(made.steps)} steps of {len(made.streams)} streams are in {made.directory}; "
+            f"contents {made.contents_sha256[:16]}",
+            soft_wrap=True,
         )
-    console().print(
-        f"{count(made.steps)} steps of {len(made.streams)} streams are in {options.archive}; "
-        f"contents {made.contents_sha256[:16]}",
-        soft_wrap=True,
-    )
     return 0
 
 
@@ -244,7 +287,21 @@ ACTIONS: dict[str, Action] = {
 def open_replay(
     target: str, access: Access, *, create: bool = False
 ) -> Iterator[tuple[ReplayClient, TrainConfig | None]]:
-    """Yield a client of the replay of a run directory or address, and the run's configuration.
+    """Yield what `open_replays` does, where there is one server; raise ConfigError otherwise."""
+    with open_replays(target, access, create=create) as (clients, config):
+        if len(clients) > 1:
+            raise ConfigError(
+                f"{target} is on {len(clients)} servers, and this is done with one: name one of "
+                + ", ".join(client.address for client in clients)
+            )
+        yield clients[0], config
+
+
+@contextmanager
+def open_replays(
+    target: str, access: Access, *, create: bool = False
+) -> Iterator[tuple[list[ReplayClient], TrainConfig | None]]:
+    """Yield a client of every server of a run directory or address, and the run's configuration.
 
     The embedded server of a run that is not running is started for the time of the block.
 
@@ -265,10 +322,12 @@ def open_replay(
             if found is None and embedded and not create:
                 _require_data(run)
             url = found or stack.enter_context(replay_server(config, run))
-        client = ReplayClient(address_for(url, knobs, "admin"))
-        stack.callback(client.close)
-        client.check()
-        yield client, config
+        clients = list[ReplayClient]()
+        for address in split_addresses(url):
+            clients.append(ReplayClient(address_for(address, knobs, "admin")))
+            stack.callback(clients[-1].close)
+            clients[-1].check()
+        yield clients, config
 
 
 def _running_server(directory: Path, knobs: ReplayConfig) -> str | None:
@@ -314,16 +373,17 @@ def _begin_run(archive: Archive, run: Path) -> None:
     (run / FILE_NAME).write_bytes(saved.read_bytes())
 
 
-def _account(config: TrainConfig, client: ReplayClient) -> CreditLimiter:
+def _account(config: TrainConfig, clients: Sequence[ReplayClient]) -> CreditLimiter:
     """Return the train ratio's account of a run."""
     return plan_limits(
         config.replay,
-        client.schema(),
+        clients[0].schema(),
         train_ratio=config.train_ratio,
         batch_size=config.learner.batch_size,
         batch_length=config.learner.batch_length,
         window_steps=config.learner.batch_length + config.agent.context,
         streams=config.actors * config.envs_per_actor,
+        shards=len(clients),
     )[1]
 
 

@@ -465,6 +465,7 @@ class Learner:
             "replay_drift_steps": drift,
             "replay_budget_steps": self._budget(),
             "replay_memory_share": self._memory_share(),
+            "replay_servers_away": self.client.away,
             "mirror_memory_share": self._mirror_memory.watch(*mirror.memory()),
             "mirror_queue_share": mirror.queue_share,
             "updates_waiting_seconds": self._updates_wait()[1],

@@ -57,7 +57,7 @@ class NoAccount:
 class NoServer:
     """The server of a learner that only reads: what it has replayed is settled with nobody."""
 
-    trouble = ""
+    trouble, away = "", 0
 
     def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> None:
         """Do nothing."""

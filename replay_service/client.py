@@ -91,12 +91,13 @@ class ReplayClient:
         timeout_s: deadline of one call.
 
     Attributes:
-        trouble: empty: only calls say what goes wrong. See `ShardedClient`, which notes it.
+        trouble, away: empty and 0: of a single server only calls say what goes wrong. A
+            `ShardedClient` notes it.
     """
 
     def __init__(self, url: str, *, shard: int = 0, timeout_s: float = 5.0) -> None:
         self.url = url
-        self.trouble = ""
+        self.trouble, self.away = "", 0
         self.shard = shard
         self.timeout_s = timeout_s
         self.address = without_password(url)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _STATS_FIELDS = {
@@ -64,6 +64,17 @@ class ReplayStats:
         return cls(
             **{name: int(values[key]) for name, key in _STATS_FIELDS.items()},
             **{name: int(values.get(key, 0)) for name, key in _LATER_FIELDS.items()},
+        )
+
+    @classmethod
+    def together(cls, found: Sequence[ReplayStats]) -> ReplayStats:
+        """Return the counters of several servers added up; fence and epochs are the newest."""
+        newest = ("fence", "epoch", "born", "replayed_steps")
+        return cls(
+            **{
+                name: (max if name in newest else sum)(getattr(one, name) for one in found)
+                for name in cls.__dataclass_fields__
+            }
         )
 
     @property

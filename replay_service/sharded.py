@@ -93,6 +93,11 @@ class ShardedClient:
         away = [link for link in self._links if link.reason]
         return "; ".join(f"{link.reason} for {now - link.since:.0f} s" for link in away)
 
+    @property
+    def away(self) -> int:
+        """How many shards do not answer."""
+        return sum(bool(link.reason) for link in self._links)
+
     def is_away(self, shard: int) -> bool:
         """Whether a shard did not answer the last settlement."""
         return bool(self._links[shard].reason)
@@ -169,13 +174,7 @@ class ShardedClient:
 
     def stats(self) -> ReplayStats:
         """Read all counters of all shards and add them up; fence and epochs are the newest."""
-        found = [client.stats() for client in self.clients]
-        newest = ("fence", "epoch", "born", "replayed_steps")
-        values = {
-            name: (max if name in newest else sum)(getattr(one, name) for one in found)
-            for name in ReplayStats.__dataclass_fields__
-        }
-        return ReplayStats(**values)
+        return ReplayStats.together([client.stats() for client in self.clients])
 
     def memory(self) -> tuple[int, int]:
         """Return bytes used and the limit of the fullest shard, of those that answer."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
 from deploy.launch import replay_server
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
-from replay_service import EmbeddedServer, Limits, ReplayClient, address_for
+from replay_service import EmbeddedServer, Limits, ReplayClient, ShardedClient, address_for
 from tests.replay_service.records import SCHEMA, insert_many
 
 
@@ -106,6 +107,48 @@ def test_guarded_server_is_checked_by_its_admin(
         assert main(["replay", "check", url]) == 2
         assert "password" in said(capsys)
     assert main(["replay", "check", str(run)]) == 0
+
+
+def test_several_servers_are_checked_and_exported_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(EmbeddedServer(tmp_path / name, max_memory_bytes=2**26))
+            for name in "ab"
+        ]
+        urls = [server.url for server in servers]
+        clients = [ReplayClient(url, timeout_s=5.0) for url in urls]
+        sharded = ShardedClient(clients, chunk_steps=8)
+        stack.callback(sharded.close)
+        sharded.create(SCHEMA, Limits(capacity_steps=200, capacity_bytes=2**26))
+        fence = sharded.acquire_fence()
+        # Twice: the first settlement finds what the second shares out.
+        sharded.settle(fence, 0, 4000)
+        insert_many(clients[0], 0, 20)
+        insert_many(clients[1], 1, 5)
+        sharded.settle(fence, 0, 1100)
+        run, dump = tmp_path / "run", tmp_path / "dump"
+        config = preset("v3-cartpole")
+        save_config(replace(config, redis=",".join(urls)), run / FILE_NAME)
+        assert main(["replay", "check", str(run)]) == 0
+        shown = said(capsys)
+        assert "160 steps" in shown and "40 steps" in shown and all(url in shown for url in urls)
+        assert "account of all servers" in shown and shown.count("replayed steps") == 1
+        assert main(["replay", "export", ",".join(urls), str(dump)]) == 0
+        assert "160 steps of 1 streams" in said(capsys)
+        assert main(["replay", "check", str(dump / "shard-1")]) == 0
+        assert main(["replay", "import", str(dump / "shard-1"), ",".join(urls)]) == 2
+        assert "is on 2 servers, and this is done with one" in said(capsys)
+        with redis.Redis.from_url(urls[1]) as raw:
+            raw.delete("{rp0}:c:s1@1:3")
+        assert main(["replay", "check", ",".join(urls)]) == 1
+        shown = said(capsys)
+        assert "C  stream s1@1 seq 3: the chunk is missing" in shown
+        # More is admitted in sum than anybody has paid for.
+        clients[0].settle(fence, 0, 10**6)
+        assert main(["replay", "check", str(run)]) == 1
+        assert "more inserts are admitted than the train ratio pays for" in said(capsys)
 
 
 def test_socket_with_a_long_path_is_found(

@@ -70,6 +70,10 @@ def test_both_sides_say_where_the_account_is_in_its_band() -> None:
             {"insert_tolerance": 2000, "sample_tolerance": 9000},
             "chunk·ratio = 64·32 = 2048",
         ),
+        (
+            {"shards": 3, "insert_tolerance": 7000, "sample_tolerance": 0},
+            "shards·\\(chunk \\+ 2\\)·ratio \\+ batch = 198·32 \\+ 1024 = 7360",
+        ),
         ({"min_size_steps": 1023}, "below one batch, 1024"),
         ({"capacity_steps": 1080}, "1024 \\+ 64"),
     ],
