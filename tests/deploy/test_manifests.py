@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 
 from deploy.cli import parse_train
 from deploy.cluster import ACTOR, LEARNER
+from deploy.replaycmd import ReplayServeOptions
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
@@ -52,6 +54,7 @@ RAY_JOB = {
     "submissionMode",
     "suspend",
 }
+SCRAPE_CONFIG = {"authorization", "httpSDConfigs", "scrapeInterval", "relabelings", "scheme"}
 POD_MONITOR = {"selector", "podMetricsEndpoints", "namespaceSelector", "podTargetLabels"}
 
 
@@ -128,8 +131,9 @@ def test_objects_of_other_schemas_have_only_fields_that_these_know() -> None:
     for group in cluster["spec"]["workerGroupSpecs"]:
         assert set(group) <= WORKER_GROUP
     assert set(one("rayjob.yaml", "RayJob")["spec"]) <= RAY_JOB
+    known = {"PodMonitor": POD_MONITOR, "ScrapeConfig": SCRAPE_CONFIG}
     for monitor in documents("podmonitor.yaml"):
-        assert set(monitor["spec"]) <= POD_MONITOR
+        assert set(monitor["spec"]) <= known[monitor["kind"]]
 
 
 def test_ray_cluster_has_the_version_roles_and_token_of_the_image() -> None:
@@ -149,6 +153,7 @@ def test_ray_cluster_has_the_version_roles_and_token_of_the_image() -> None:
 def test_pods_run_as_nobody_special_and_say_what_they_need() -> None:
     specs = [group["template"]["spec"] for group in groups().values()]
     specs.append(one("redis.yaml", "StatefulSet")["spec"]["template"]["spec"])
+    specs.append(one("replay.yaml", "Deployment")["spec"]["template"]["spec"])
     for spec in specs:
         assert spec["securityContext"]["runAsNonRoot"]
         for container in [*spec["containers"], *spec.get("initContainers", [])]:
@@ -172,10 +177,39 @@ def test_job_is_a_run_that_the_command_line_understands() -> None:
     assert gigabytes and int(gigabytes[1]) * 2**30 == config.replay.redis_memory_bytes
     slots = yaml.safe_load(yaml.safe_load(groups()["actors"]["rayStartParams"]["resources"]))
     assert groups()["actors"]["maxReplicas"] * slots[ACTOR] >= config.actors
+    for part in (config.learner, config.actor):
+        assert part.metrics_listen == "0.0.0.0"
+        assert str(part.metrics_token_file) == "/run/secrets/metrics.token"
+
+
+def test_replay_service_of_kubernetes_lists_what_prometheus_scrapes() -> None:
+    spec = one("replay.yaml", "Deployment")["spec"]["template"]["spec"]
+    service = one("replay.yaml", "Service")
+    (container,) = spec["containers"]
+    words = container["command"]
+    assert words[:3] == ["dreamfleet", "replay", "serve"]
+    given = tyro.cli(ReplayServeOptions, args=words[3:])
+    name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert given.listen == f"0.0.0.0:{port}" and given.host == name
+    scrape = one("podmonitor.yaml", "ScrapeConfig")["spec"]
+    assert [each["url"] for each in scrape["httpSDConfigs"]] == [f"http://{name}:{port}/sd"]
+    assert scrape["authorization"]["credentials"]["key"] == "metrics.token"
+    assert str(given.token_file) == "/run/secrets/metrics.token"
+    held = {item["key"] for item in spec["volumes"][0]["secret"]["items"]}
+    assert held == {"admin.password", "exporter.password", "metrics.token"}
+    for group in ("learner", "actors"):
+        (secret,) = [
+            volume["secret"]
+            for volume in groups()[group]["template"]["spec"]["volumes"]
+            if "secret" in volume
+        ]
+        assert "metrics.token" in {item["key"] for item in secret["items"]}
 
 
 def test_ports_that_are_scraped_exist() -> None:
     for monitor in documents("podmonitor.yaml"):
+        if monitor["kind"] != "PodMonitor":
+            continue
         assert {entry["port"] for entry in monitor["spec"]["podMetricsEndpoints"]} == {"metrics"}
     pods = [group["template"]["spec"] for group in groups().values()]
     pods.append(one("redis.yaml", "StatefulSet")["spec"]["template"]["spec"])
