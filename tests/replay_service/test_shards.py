@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from replay_service import BudgetSplit, ReplayConfigError, shard_of, split_addresses
+from replay_service import (
+    BudgetSplit,
+    CreditLimiter,
+    ReplayConfigError,
+    shard_of,
+    split_addresses,
+)
 
 ADDRESSES = [f"redis://shard-{number}:6379" for number in range(5)]
 STREAMS = [f"run-a{slot}" for slot in range(2000)]
@@ -120,6 +127,54 @@ def test_half_goes_where_inserts_were_and_nobody_starves_for_ever() -> None:
     for _ in range(100):
         idle = settle(split, 2000, [400, 0])
     assert abs(idle[1] - 800) < 64
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    count=st.integers(2, 4),
+    ratio=st.fractions(min_value=Fraction(1, 20), max_value=600, max_denominator=20),
+    chunk=st.integers(1, 128),
+    batch=st.integers(1, 1024),
+    tolerance=st.none() | st.integers(0, 2**18),
+    data=st.data(),
+)
+def test_an_accepted_account_never_stands_still_whichever_shards_are_written_to(
+    count: int,
+    ratio: Fraction,
+    chunk: int,
+    batch: int,
+    tolerance: int | None,
+    data: st.DataObject,
+) -> None:
+    try:
+        limiter = CreditLimiter(
+            train_ratio=ratio,
+            batch_steps=batch,
+            chunk_steps=chunk,
+            min_size_steps=batch,
+            capacity_steps=10**9,
+            insert_tolerance=tolerance,
+            sample_tolerance=tolerance,
+            shards=count,
+        )
+    except ReplayConfigError:
+        return
+    split = BudgetSplit([0] * count, [0] * count, chunk_steps=chunk)
+    inserted, updates, still = [0] * count, 0, 0
+    for _ in range(4):
+        written = data.draw(st.sets(st.sampled_from(range(count)), min_size=1))
+        for _ in range(100):
+            before = sum(inserted), updates
+            given_ = settle(split, limiter.budget(updates), inserted)
+            for at in written:
+                if inserted[at] + chunk <= given_[at]:
+                    inserted[at] += chunk
+            while limiter.may_start_update(sum(inserted), sum(inserted), updates):
+                updates += 1
+            assert sum(inserted) <= limiter.budget(updates)
+            still = still + 1 if (sum(inserted), updates) == before else 0
+            # What is kept for the shards that were written to before fades within these rounds.
+            assert still < 99, (inserted, given_, limiter.budget(updates), limiter.reason)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
