@@ -148,6 +148,9 @@ def rehearse(directory: Path, nodes: int, kill: bool) -> int:
                 targets = play.await_targets()
                 play.timings["start to every target scraped"] = time.monotonic() - begin
                 say("targets up: " + ", ".join(sorted(targets)))
+                count = play.await_dashboards()
+                play.timings["start to data in every dashboard"] = time.monotonic() - begin
+                say(f"{count} queries of the dashboards return data")
             if kill:
                 for name in play.names:
                     took = play.kill_and_await(name)

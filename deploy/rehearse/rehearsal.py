@@ -6,6 +6,7 @@ import json
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.progress import console
-from deploy.rehearse.compose import Project, RehearsalError, Service
+from deploy.rehearse.compose import ROOT, Project, RehearsalError, Service
 from deploy.rehearse.container import Container, command, missing_programs
 
 SUBNET = "10.213"
@@ -23,6 +24,8 @@ BACK_TIMEOUT_S = 300.0
 """Time in which a service that was killed must be healthy again, and training go on."""
 TRAINING_TIMEOUT_S = 300.0
 SCRAPE_TIMEOUT_S = 120.0
+SILENT = ("DCGM_", "dreamer_actor_restarts_total")
+"""Metrics that a run without a GPU and without trouble has not."""
 TRAINS = "learner"
 
 
@@ -143,8 +146,9 @@ class Rehearsal:
     def await_targets(self) -> dict[str, str]:
         """Wait until Prometheus has scraped every target that it knows; {job instance: health}."""
         targets: dict[str, str] = {}
-        # The list of the replay service has the learner in it once that has entered itself.
-        roles = {"replay", "learner"} if "dreamfleet" in self.expected_jobs else set[str]()
+        # They are in the list of the replay service once they have entered themselves; an actor
+        # carries its role in its metrics.
+        roles = {"replay", "learner", ""} if "dreamfleet" in self.expected_jobs else set[str]()
 
         def all_up() -> bool:
             answer = self.ask_prometheus("/api/v1/targets?state=active")
@@ -166,6 +170,32 @@ class Rehearsal:
         except RehearsalError as error:
             raise RehearsalError(f"{error}: {targets}, expected {self.expected_jobs}") from error
         return targets
+
+    def await_dashboards(self) -> int:
+        """Wait until every query of every dashboard but `SILENT` returns data; say how many do."""
+        boards = ROOT / "deploy" / "grafana" / "provisioning" / "dashboards"
+        wanted = {
+            target["expr"].replace("$run", ".*")
+            for path in sorted(boards.glob("*.json"))
+            for panel in json.loads(path.read_text())["panels"]
+            for target in panel["targets"]
+            if not any(name in target["expr"] for name in SILENT)
+        }
+        empty = set(wanted)
+
+        def all_answered() -> bool:
+            for query in sorted(empty):
+                words = urllib.parse.urlencode({"query": query})
+                found = self.ask_prometheus(f"/api/v1/query?{words}")
+                if found.get("data", {}).get("result"):
+                    empty.discard(query)
+            return not empty
+
+        try:
+            self._await(all_answered, SCRAPE_TIMEOUT_S, "dashboards have panels without data", None)
+        except RehearsalError as error:
+            raise RehearsalError(f"{error}: {sorted(empty)}") from error
+        return len(wanted)
 
     def ask_prometheus(self, path: str) -> dict[str, Any]:
         """Return what Prometheus answers, empty if it does not."""

@@ -126,7 +126,7 @@ one.stop()
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "name actors-1" in lines and "actor.password ray.token " in lines
+    assert "name actors-1" in lines and "actor.password metrics.token ray.token " in lines
     assert "tmp" in lines and "writable" not in lines
     assert "10.213.0.8      redis" in lines
     assert {"lo", "eth0"} <= set(lines)
