@@ -98,8 +98,7 @@ def measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
     agent = sized(agent_config("v3", case.size), case.size)
     with ExitStack() as stack:
         actor = _Actor(stack, case, agent, obs_space, action_space)
-        workers = [_started(stack, case, seed) for seed in range(case.envs)]
-        bench = _Stepper(workers, Policy(agent, obs_space, action_space), obs_space, action_space)
+        bench = stepper(stack, case, obs_space, action_space)
         measured: dict[str, list[float]] = {"bare": [], "policy": [], "actor": []}
         takes: dict[str, Callable[[float], float]] = {
             "bare": bench.bare,
@@ -121,7 +120,16 @@ def measure(case: Case, seconds: float, rounds: int) -> dict[str, Any]:
     }
 
 
-class _Stepper:
+def stepper(
+    stack: ExitStack, case: Case, obs_space: ObsSpace, action_space: ActionSpace
+) -> Stepper:
+    """Start the environments of a case, to be stepped without an actor until the stack closes."""
+    agent = sized(agent_config("v3", case.size), case.size)
+    workers = [_started(stack, case, seed) for seed in range(case.envs)]
+    return Stepper(workers, Policy(agent, obs_space, action_space), obs_space, action_space)
+
+
+class Stepper:
     """Steps environments as plainly as it can be done."""
 
     def __init__(

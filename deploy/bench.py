@@ -19,7 +19,16 @@ from rich.table import Table
 from deploy.config import ConfigError
 from deploy.progress import console
 
-BENCHMARKS = ("learner", "replay", "replay_limits", "actors", "pipeline", "scaling", "weights")
+BENCHMARKS = (
+    "learner",
+    "replay",
+    "replay_limits",
+    "actors",
+    "pipeline",
+    "scaling",
+    "weights",
+    "metrics",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +37,23 @@ class BenchOptions:
 
     what: Annotated[
         Literal[
-            "learner", "replay", "replay_limits", "actors", "pipeline", "scaling", "weights", "all"
+            "learner",
+            "replay",
+            "replay_limits",
+            "actors",
+            "pipeline",
+            "scaling",
+            "weights",
+            "metrics",
+            "all",
         ],
         tyro.conf.Positional,
     ] = "all"
     """learner: ms per update and where they go; replay: insert and sampling against raw SET and
     memcpy; replay_limits: many writers, processor time, growth, start-up; actors: environment
     steps/s bare, with policy, as an actor; pipeline: end to end; scaling: 1 to 32 actors with
-    environments that sleep; weights: learner to 1 to 64 actors."""
+    environments that sleep; weights: learner to 1 to 64 actors; metrics: what
+    counting and scrapes take."""
     json: Path | None = None
     """File for the numbers, with what they were measured on."""
     quick: bool = False

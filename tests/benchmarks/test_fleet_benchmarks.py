@@ -1,10 +1,10 @@
-"""The benchmarks of scaling and weights, run small."""
+"""The benchmarks of scaling, weights and metrics, run small."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks import scaling, weights
+from benchmarks import metrics, scaling, weights
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -44,3 +44,12 @@ def test_impossible_options_are_refused() -> None:
         scaling.ScalingOptions(actors=(4, 2))
     with pytest.raises(ValueError, match="--rounds and --readers"):
         weights.WeightsOptions(rounds=0)
+
+
+def test_metrics_are_timed_against_what_they_belong_to() -> None:
+    actor, learner = metrics.run(quick=True)["parts"]
+    assert actor["every_ms"] < learner["every_ms"] == 5_000
+    for part in (actor, learner):
+        counting = part["count_us"] / part["every_ms"] / 1e3
+        assert part["share"] == pytest.approx(counting + part["scrape_ms"] / 10_000)
+        assert part["count_us"] > 0 and part["scrape_ms"] > 0
