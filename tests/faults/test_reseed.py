@@ -148,7 +148,7 @@ def test_the_account_goes_on_without_the_records(rig: Rig, recovered: Recovered)
             rig.catch_up()
             catch_up(mirror, rig.client)
             before = rig.client.stats().inserted_steps
-        empty(rig)
+            empty(rig)
         began = time.monotonic()
         reseeder.run(0, 10**6)
         rig.wait_chunks(2)
