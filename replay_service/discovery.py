@@ -46,8 +46,8 @@ class Registration:
     forgotten. A server that does not answer is tried again, and never holds up the process.
 
     Args:
-        client: of the replay server, as a role that may register (learner or admin). Its calls
-            are made from the thread.
+        client: of the replay server, as a role that may register (actor, learner or admin). Its
+            calls are made from the thread.
         target: what to enter.
         live_s: seconds after which it is forgotten.
         beat_s: seconds between two entries.
