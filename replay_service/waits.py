@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class WaitClock:
-    """Adds up waits while they go on; the caller holds a lock around all but `unsettled`."""
+    """Adds up waits while they go on; the caller holds a lock around every call."""
 
     def __init__(self) -> None:
         self._blocked_s = self._limited_s = 0.0
@@ -16,15 +14,14 @@ class WaitClock:
         self._unsettled_since: float | None = None
         self._wait: tuple[float, float] | None = None
 
-    @contextmanager
-    def unsettled(self) -> Iterator[None]:
-        """Count the block as time in which training admits no inserts."""
-        self._unsettled_since = begin = time.monotonic()
-        try:
-            yield
-        finally:
+    def unsettled(self, waits: bool) -> None:
+        """Take note of whether training admits no insert, until told otherwise."""
+        now = time.monotonic()
+        if waits and self._unsettled_since is None:
+            self._unsettled_since = now
+        elif not waits and self._unsettled_since is not None:
+            self._unsettled_s += now - self._unsettled_since
             self._unsettled_since = None
-            self._unsettled_s += time.monotonic() - begin
 
     def begin(self) -> None:
         """Take note that a writer begins to wait."""

@@ -321,6 +321,9 @@ class Uploader:
             send=not parcel.payload_there,
         )
         self._count(reply.code)
+        # Until the next answer: trying again, and in vain, is part of waiting for training.
+        with self._changed:
+            self._waits.unsettled(reply.code == "WAIT")
         if reply.code == "OK" or (reply.code == "DUP" and not first_try):
             self._acknowledge(parcel)
         elif reply.code == "WAIT":
@@ -417,8 +420,7 @@ class Uploader:
     def _await_settlement(self, budget: int, inserted: int, wake: bytes) -> None:
         """Wait until training has paid for more inserts."""
         self._give_reason(f"inserts wait for training ({inserted} inserted, {budget} admitted)")
-        with self._waits.unsettled():
-            self._client.wait_settlement(wake.decode(), _LONGEST_DELAY_S)
+        self._client.wait_settlement(wake.decode(), _LONGEST_DELAY_S)
         # Many uploaders wake together: those that waited in vain spread out.
         with self._changed:
             self._changed.wait_for(lambda: self._closing, self._delay_s * random.uniform(0.0, 0.1))
@@ -433,6 +435,7 @@ class Uploader:
     def _back_off(self, reason: str) -> None:
         self._give_reason(reason)
         with self._changed:
+            self._waits.unsettled(False)
             self._changed.wait_for(lambda: self._closing, self._delay_s * random.uniform(0.5, 1.0))
             self._delay_s = min(self._delay_s * 2, _LONGEST_DELAY_S)
 

@@ -182,6 +182,23 @@ def test_writer_waits_for_training_with_a_reason_and_nothing_is_dropped(
     assert steps_of(committed(client), 0) == list(range(80))
 
 
+def test_trying_again_in_vain_is_part_of_a_wait_for_training(client: ReplayClient) -> None:
+    client.create(SCHEMA, replace(UNBOUNDED, budget_steps=8))
+    fence, pause = client.acquire_fence(), threading.Event()
+    with Uploader(ReplayClient(client.url), SCHEMA, CONFIG) as uploader:
+        thread = threading.Thread(target=write, args=(uploader.open_stream("s0"), 0, 0, 64))
+        thread.start()
+        # Settlements that pay for nothing: each of them wakes the uploader.
+        while uploader.waited()[0] < 0.5:
+            client.settle(fence, 0, 8)
+            pause.wait(0.002)
+        blocked, limited = uploader.waited()
+        assert 0.8 * blocked < limited <= blocked
+        client.settle(fence, 64, 1000)
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_waiting_writer_can_be_interrupted(client: ReplayClient) -> None:
     client.create(SCHEMA, replace(UNBOUNDED, budget_steps=0))
     uploader = Uploader(client, SCHEMA, CONFIG)
