@@ -84,8 +84,8 @@ class BudgetSplit:
            nothing is raised until they fit again.
         2. A shard that does not answer keeps what it may have, so the others need not know whether
            it lives.
-        3. Half of what is free goes to all shards alike, so that each can always insert; the other
-           half goes where inserts were lately.
+        3. What a shard has not used it keeps, up to a chunk or its even part, whichever is more;
+           the rest goes where inserts were lately. So nobody is starved by busier shards.
 
     It sends nothing itself: send what `lowered` says, then what `raised` says, and tell it what was
     `sent` and `heard`. Not safe for several threads.
@@ -125,14 +125,26 @@ class BudgetSplit:
             share.committed if shard in asked else share.reserved
             for shard, share in enumerate(self._shares)
         )
-        half, even = max(total - kept, 0) // 2, len(self._shares)
+        free = max(total - kept, 0)
+        even = free // len(self._shares)
+        # Else busy shards would use up their larger parts of every credit, and one whose writers
+        # wait would never come to a whole chunk.
+        most = max(even, self._chunk_steps)
+        saved = {shard: min(self._unspent(shard), most) for shard in asked}
+        if sum(saved.values()) > free:
+            saved = dict.fromkeys(asked, even)
+        rest = free - sum(saved.values())
         # A shard without any insert may be one whose writers wait: it is never left out.
         weights = {shard: round(self._shares[shard].recent) + self._chunk_steps for shard in asked}
         whole = sum(weights.values())
-        return {
-            shard: self._shares[shard].committed + half // even + half * weight // whole
-            for shard, weight in weights.items()
-        }
+        given = {shard: saved[shard] + rest * part // whole for shard, part in weights.items()}
+        if given:
+            # What rounding leaves over: else the one with the least might never come to a chunk.
+            given[min(given, key=given.__getitem__)] += free - sum(given.values())
+        return {shard: self._shares[shard].committed + steps for shard, steps in given.items()}
+
+    def _unspent(self, shard: int) -> int:
+        return self.reserved(shard) - self._shares[shard].committed
 
     def lowered(self, goals: Mapping[int, int]) -> dict[int, int]:
         """Return the budgets of those shards that get less than they may have: send them first."""

@@ -118,12 +118,13 @@ def settle(split: BudgetSplit, total: int, inserted: list[int]) -> dict[int, int
     return found | rest
 
 
-def test_half_goes_where_inserts_were_and_nobody_starves_for_ever() -> None:
+def test_what_is_not_used_is_kept_and_the_rest_goes_where_inserts_were() -> None:
     split = BudgetSplit([0, 0], [0, 0], chunk_steps=64)
     assert settle(split, 1000, [0, 0]) == {0: 500, 1: 500}
     settle(split, 1000, [400, 0])
     busy = settle(split, 2000, [400, 0])
-    assert busy[0] - 400 > 2 * busy[1] and sum(busy.values()) <= 2000
+    # Of 1600 that are free the idle one keeps its 500, and most of the rest goes to the other.
+    assert busy[0] - 400 > 900 and 500 <= busy[1] < 700 and sum(busy.values()) == 2000
     for _ in range(100):
         idle = settle(split, 2000, [400, 0])
     assert abs(idle[1] - 800) < 64
@@ -203,3 +204,26 @@ def test_a_shard_that_is_away_keeps_what_it_may_have() -> None:
     goals = split.goals(1200, [1])
     given = split.raised(goals, 1200)
     assert split.reserved(0) == 500 and 500 < given[1] <= 700
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_a_shard_whose_writers_come_last_is_not_starved_where_training_is_the_limit(
+    count: int,
+) -> None:
+    chunk, credit = 16, 16
+    split = BudgetSplit([0] * count, [0] * count, chunk_steps=chunk)
+    inserted, total = [0] * count, count * (chunk + 2)
+    before = list(inserted)
+    for round_ in range(3000):
+        # The first shards write all the time, the last one from here on.
+        late = round_ >= 1000
+        if round_ == 2000:
+            before = list(inserted)
+        given_ = settle(split, total, inserted)
+        for at in range(count if late else count - 1):
+            while inserted[at] + chunk <= given_[at]:
+                inserted[at] += chunk
+        total += credit
+    each = [now - then for now, then in zip(inserted, before, strict=True)]
+    assert each[-1] > 0.8 * sum(each) / count, each
+    assert sum(each) > 0.95 * 1000 * credit
