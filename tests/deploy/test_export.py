@@ -23,6 +23,7 @@ from dreamer.export import DESCRIPTION, export_acting
 from dreamer.policy import Policy
 from dreamer.presets import agent_config, sized
 from learner import checkpoint
+from tests.deploy.untrained import sampled_episode
 
 pytestmark = pytest.mark.integration
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_exported.py"
@@ -82,12 +83,5 @@ def test_run_is_exported_and_played_without_this_package(tmp_path: Path) -> None
     found = json.loads(done.stdout)
     policy = Policy(config.agent, env.obs_space, env.action_space, seed=5)
     policy.load_state_dict(agent.policy_tensors())
-    seen, want, rewards, over = env.reset(5), [], 0.0, False
-    while not over:
-        obs = {key: x[None] for key, x in seen.items()}
-        actions, _ = policy.step(obs, np.array([not want]), "sample")
-        want.append(int(actions["action"][0]))
-        seen, reward, terminated, truncated = env.step({"action": actions["action"][0]})
-        rewards, over = rewards + reward, terminated or truncated
     env.close()
-    assert found == {"return": rewards, "actions": want} and len(set(want)) == 2
+    assert found == sampled_episode(policy, config, 5) and len(set(found["actions"])) == 2

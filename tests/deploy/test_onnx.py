@@ -24,7 +24,7 @@ from dreamer.export import DESCRIPTION
 from dreamer.onnx import Noise, OnnxError, export_onnx
 from dreamer.policy import Policy
 from dreamer.presets import agent_config, sized
-from tests.deploy.untrained import save
+from tests.deploy.untrained import sampled_episode, save
 
 pytestmark = pytest.mark.integration
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_onnx.py"
@@ -115,16 +115,10 @@ def test_run_is_exported_and_played_without_this_package_and_torch(tmp_path: Pat
     config = load_config(run / "config.yaml")
     env = make_env(config.env, config.environment, 5)
     policy = policy_of(config, require_checkpoint(run), env, 5)
-    seen, want, rewards, over = env.reset(5), [], 0.0, False
     with Noise(numbers(5)):
-        while not over:
-            obs = {key: x[None] for key, x in seen.items()}
-            actions, _ = policy.step(obs, np.array([not want]), "sample")
-            want.append(int(actions["action"][0]))
-            seen, reward, terminated, truncated = env.step({"action": actions["action"][0]})
-            rewards, over = rewards + reward, terminated or truncated
+        want = sampled_episode(policy, config, 5)
     env.close()
-    assert found == {"return": rewards, "actions": want} and len(set(want)) == 2
+    assert found == want and len(set(found["actions"])) == 2
 
 
 def test_missing_library_names_the_extra_to_install(

@@ -11,6 +11,7 @@ from gymnasium import Env, spaces
 from actors.envs import make_env
 from deploy.config import FILE_NAME, TrainConfig, save_config
 from dreamer.agent import make_agent
+from dreamer.policy import Policy
 from learner import checkpoint
 
 
@@ -51,3 +52,17 @@ def save(directory: Path, config: TrainConfig, update: int) -> Path:
     state = {"agent": agent.state_dict()}
     counters = {"fence": 1, "update": update, "env_steps": 10 * update}
     return checkpoint.save(directory / "checkpoints", state, keep=3, **counters)
+
+
+def sampled_episode(policy: Policy, config: TrainConfig, seed: int) -> dict[str, Any]:
+    """Play an episode, sampling actions; return what the examples print of theirs."""
+    env = make_env(config.env, config.environment, seed)
+    seen, actions, rewards, over = env.reset(seed), list[int](), 0.0, False
+    while not over:
+        obs = {key: x[None] for key, x in seen.items()}
+        chosen, _ = policy.step(obs, np.array([not actions]), "sample")
+        actions.append(int(chosen["action"][0]))
+        seen, reward, terminated, truncated = env.step({"action": chosen["action"][0]})
+        rewards, over = rewards + reward, terminated or truncated
+    env.close()
+    return {"return": rewards, "actions": actions}
