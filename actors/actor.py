@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import ray
 import torch
@@ -34,18 +33,15 @@ from dreamer.weights import Version, WeightsError
 from replay_service import (
     ChunkWriter,
     MetricsEndpoint,
-    Registration,
     ReplayClient,
     ReplayClosed,
     ReplayConfig,
     ReplayError,
     ReplayUnavailable,
     Schema,
-    Target,
     Uploader,
     address_for,
-    is_loopback,
-    reached_at,
+    listed,
     shard_of,
     split_addresses,
 )
@@ -332,12 +328,16 @@ class ActorProcess:
         # A connection of its own: the list must not wait for chunks, nor chunks for the list.
         client = ReplayClient(url, timeout_s=_LIST_S)
         stack.callback(client.close)
-        host = knobs.metrics_host or knobs.metrics_listen
-        if not others_reach(host, client.url):
-            return
-        address = reached_at(host, endpoint.port, client.url, _node_address())
-        labels = {"run": spec.shown_as or spec.run}
-        stack.enter_context(Registration(client, Target(address=address, labels=labels)))
+        stack.enter_context(
+            listed(
+                client,
+                endpoint.port,
+                listen=knobs.metrics_listen,
+                host=knobs.metrics_host,
+                node=_node_address(),
+                labels={"run": spec.shown_as or spec.run},
+            )
+        )
 
     def _observer(self) -> LoopObserver:
         return self._metrics
@@ -503,12 +503,6 @@ def load_factory(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"{path!r}: {module} has nothing callable called {name!r}")
     return found
-
-
-def others_reach(host: str, replay_url: str) -> bool:
-    """Return whether who reads the list on a replay server means this machine by `host`."""
-    server = urlsplit(replay_url).hostname
-    return not is_loopback(host) or not server or is_loopback(server)
 
 
 def _node_address() -> str:

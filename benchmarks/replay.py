@@ -230,9 +230,8 @@ def _follow(steps: int) -> dict[str, Any]:
         mirror = Mirror(client, IMAGES, capacity_steps=steps, window_steps=WINDOW, placement="ram")
         started = time.perf_counter()
         mirror.start()
-        while not mirror.caught_up:
-            mirror.wait(1.0)
-            mirror.absorb()
+        for _ in mirror.rebuild():
+            pass
         seconds = time.perf_counter() - started
         mirror.stop()
     return {

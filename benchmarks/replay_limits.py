@@ -234,9 +234,8 @@ def _start(client: ReplayClient, schema: Schema, steps: int) -> float:
     began = time.perf_counter()
     mirror = Mirror(client, schema, capacity_steps=steps, window_steps=CHUNK, placement="ram")
     mirror.start()
-    while not mirror.caught_up:
-        mirror.wait(1.0)
-        mirror.absorb()
+    for _ in mirror.rebuild():
+        pass
     seconds = time.perf_counter() - began
     assert mirror.size_steps == steps, (mirror.size_steps, steps)
     mirror.stop()

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 from rich.table import Table
@@ -19,7 +19,7 @@ from rich.table import Table
 from deploy.config import ConfigError
 from deploy.progress import console
 
-BENCHMARKS = (
+What = Literal[
     "learner",
     "replay",
     "replay_limits",
@@ -28,27 +28,16 @@ BENCHMARKS = (
     "scaling",
     "weights",
     "metrics",
-)
+    "all",
+]
+BENCHMARKS = tuple(name for name in get_args(What) if name != "all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """Measure a part, or all one after the other; nothing else should run meanwhile."""
 
-    what: Annotated[
-        Literal[
-            "learner",
-            "replay",
-            "replay_limits",
-            "actors",
-            "pipeline",
-            "scaling",
-            "weights",
-            "metrics",
-            "all",
-        ],
-        tyro.conf.Positional,
-    ] = "all"
+    what: Annotated[What, tyro.conf.Positional] = "all"
     """learner: ms per update and where they go; replay: insert and sampling against raw SET and
     memcpy; replay_limits: many writers, processor time, growth, start-up; actors: environment
     steps/s bare, with policy, as an actor; pipeline: end to end; scaling: 1 to 32 actors with

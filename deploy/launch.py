@@ -42,6 +42,7 @@ from replay_service import (
     address_for,
     estimate_memory,
     is_loopback,
+    listed,
     plan_limits,
     split_addresses,
     with_absolute_paths,
@@ -133,7 +134,7 @@ def train(config: TrainConfig) -> int:
         learner.reseeder = make_reseeder(config, url, learner, limits)
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
-        stack.enter_context(listed(config, client, learner))
+        stack.enter_context(findable(config, client, learner))
         count_on(learner, resume(learner, run))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
@@ -483,19 +484,18 @@ def export_fleet(learner: Learner, fleet: Crew) -> None:
 
 
 @contextmanager
-def listed(
+def findable(
     config: TrainConfig, client: ReplayClient | ShardedClient, learner: Learner
 ) -> Iterator[None]:
     """Have the learner's metrics in the list that the replay service gives to Prometheus."""
-    from replay_service.discovery import Registration, Target, reached_at
-
     port, knobs = learner.recorder.port, config.learner
     if port is None:
         yield
         return
-    address = reached_at(knobs.metrics_host or knobs.metrics_listen, port, client.url)
+    first = servers_of(client)[0]
     labels = {"role": "learner", "run": learner.facts.directory.name}
-    with Registration(servers_of(client)[0], Target(address=address, labels=labels)):
+    listen, host = knobs.metrics_listen, knobs.metrics_host
+    with listed(first, port, listen=listen, host=host, labels=labels):
         yield
 
 

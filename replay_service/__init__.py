@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from replay_service.client import InsertReply, LogEntry, ReplayClient
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
     from replay_service.counters import ReplayStats
-    from replay_service.discovery import Registration, Target, reached_at
+    from replay_service.discovery import listed
     from replay_service.endpoint import MetricsEndpoint
     from replay_service.errors import (
         ChunkError,
@@ -55,7 +55,7 @@ _HOMES = {
     "client": ("InsertReply", "LogEntry", "ReplayClient"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
     "counters": ("ReplayStats",),
-    "discovery": ("Registration", "Target", "reached_at"),
+    "discovery": ("listed",),
     "endpoint": ("MetricsEndpoint",),
     "errors": (
         "ChunkError",
@@ -109,7 +109,6 @@ __all__ = [
     "MemoryPlan",
     "MetricsEndpoint",
     "Mirror",
-    "Registration",
     "ReplayAuthError",
     "ReplayClient",
     "ReplayClosed",
@@ -130,7 +129,6 @@ __all__ = [
     "ServerLog",
     "ShardedClient",
     "ShardedReseeder",
-    "Target",
     "UploadStats",
     "Uploader",
     "Violation",
@@ -147,8 +145,8 @@ __all__ = [
     "has_password",
     "import_archive",
     "is_loopback",
+    "listed",
     "plan_limits",
-    "reached_at",
     "shard_of",
     "split_addresses",
     "with_absolute_paths",

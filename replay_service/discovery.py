@@ -7,7 +7,8 @@ import logging
 import socket
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -116,6 +117,40 @@ def live_targets(client: ReplayClient) -> list[Target]:
     found = [json.loads(text) for text in client.endpoints()]
     targets = [Target(address=one["targets"][0], labels=one["labels"]) for one in found]
     return sorted(targets, key=lambda target: target.address)
+
+
+@contextmanager
+def listed(
+    client: ReplayClient,
+    port: int,
+    *,
+    listen: str,
+    host: str | None = None,
+    node: str = "",
+    labels: Mapping[str, str],
+) -> Iterator[None]:
+    """Have what serves metrics at a port of this process in the list, for as long as the block.
+
+    What listens on loopback is left out where the replay server is another machine: whoever reads
+    the list there would ask itself.
+
+    Args:
+        client, labels: see `Registration` and `Target`.
+        port, listen: at which it serves.
+        host: name or address at which others reach this machine; it is believed.
+        node: address of this machine, if it listens everywhere; see `reached_at`.
+    """
+    if host is None and is_loopback(listen) and not _is_here(client.url):
+        yield
+        return
+    address = reached_at(host or listen, port, client.url, node)
+    with Registration(client, Target(address=address, labels=labels)):
+        yield
+
+
+def _is_here(url: str) -> bool:
+    server = urlsplit(url).hostname
+    return not server or is_loopback(server)
 
 
 def reached_at(host: str, port: int, url: str, node: str = "") -> str:

@@ -246,8 +246,9 @@ class Mirror:
         while not self.caught_up:
             if self.wait(1.0):
                 deadline = time.monotonic() + patience_s
+            else:
+                self._logs.require_targets()
             yield self.absorb()
-            self._logs.require_targets()
             if time.monotonic() > deadline:
                 raise ReplayTimeout(
                     f"the mirror is {self.rebuild_share:.0%} rebuilt, and the server has sent "

@@ -72,9 +72,7 @@ class ShardedClient:
     ) -> None:
         assert clients, "a replay needs a server"
         self.clients = tuple(clients)
-        self.url = clients[0].url
         self.address = ", ".join(client.address for client in clients)
-        self.timeout_s = max(client.timeout_s for client in clients)
         self._chunk_steps, self._patience_s = chunk_steps, patience_s
         self._min_size = 0
         self._links = [_Link(client, _one_thread(at)) for at, client in enumerate(clients)]
@@ -182,10 +180,6 @@ class ShardedClient:
         if not found:
             raise ReplayUnavailable(self.trouble)
         return max(found, key=lambda pair: pair[0] / pair[1] if pair[1] else 0.0)
-
-    def register(self, process: str, live_ms: int, text: str) -> None:
-        """Keep where a process serves metrics, on the first shard."""
-        self.clients[0].register(process, live_ms, text)
 
     def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> tuple[int, int]:
         """Publish how much has been replayed, and share out the inserts that it pays for.

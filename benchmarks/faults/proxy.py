@@ -121,7 +121,7 @@ class FaultProxy:
                     break
                 sink.sendall(data)
         except OSError:
-            pass
+            pass  # either side, or `break_all`, has ended the connection
         finally:
             with self._lock:
                 self._open -= {source, sink}
@@ -144,5 +144,5 @@ def _hang_up(connection: socket.socket) -> None:
     try:
         connection.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass
+        pass  # the other side was first
     connection.close()

@@ -121,9 +121,8 @@ def _fill(client: ReplayClient, kind: str) -> None:
 def _sample(client: ReplayClient, samples: int) -> dict[str, float]:
     mirror = Mirror(client, IMAGES, capacity_steps=ITEMS * CHUNK, window_steps=CHUNK)
     mirror.start()
-    while not mirror.caught_up:
-        mirror.wait(1.0)
-        mirror.absorb()
+    for _ in mirror.rebuild():
+        pass
     out = {
         name: torch.empty((BATCH, CHUNK, *column.shape[1:]), dtype=column.dtype)
         for name, column in mirror.columns.items()

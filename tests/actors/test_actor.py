@@ -15,7 +15,7 @@ import pytest
 import torch
 from cluster import SCHEMA, Cupboard, make_spec, replay_server, until
 
-from actors.actor import ActorProcess, ActorSpec, Rate, load_factory, others_reach
+from actors.actor import ActorProcess, ActorSpec, Rate, load_factory
 from actors.config import ActorConfig
 from dreamer.weights import pack
 from replay_service import Column, ReplayClient, ReplayConfig, Schema
@@ -226,19 +226,6 @@ def test_actor_is_in_the_list_of_metrics_until_it_ends(client: ReplayClient, sta
     assert target.labels == {"run": "tuesday"}
     actor.stop()
     assert live_targets(client) == []
-
-
-@pytest.mark.parametrize(
-    ("host", "server", "listed"),
-    [
-        ("127.0.0.1", "redis://127.0.0.1:6379", True),
-        ("127.0.0.1", "unix:///run/redis.sock", True),
-        ("127.0.0.1", "redis://replay.example:6379", False),
-        ("0.0.0.0", "redis://replay.example:6379", True),
-    ],
-)
-def test_loopback_is_not_listed_on_another_machine(host: str, server: str, listed: bool) -> None:
-    assert others_reach(host, server) == listed
 
 
 def test_metrics_beyond_loopback_want_a_token(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from replay_service import Limits, MetricsEndpoint, ReplayClient, ReplayConfigError
-from replay_service.discovery import Registration, Target, live_targets, reached_at, register
+from replay_service.discovery import (
+    Registration,
+    Target,
+    listed,
+    live_targets,
+    reached_at,
+    register,
+)
 from replay_service.exporter import PREFIX, ReplayMetrics, ReplayService, ReplayWatch
 from replay_service.server import EmbeddedServer
 from tests.replay_service.records import SCHEMA, chunk, insert, insert_many
@@ -196,6 +204,34 @@ def test_counters_pages_parse_as_prometheus_text(client: ReplayClient, watch: Re
         endpoint.close()
     names = {family.name for family in text_string_to_metric_families(text)}
     assert {f"{PREFIX}up", f"{PREFIX}memory_used_bytes"} <= names
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "away", "address"),
+    [
+        ("127.0.0.1", None, False, "127.0.0.1:9"),
+        ("127.0.0.1", None, True, None),
+        ("127.0.0.1", "node7", True, "node7:9"),
+        ("0.0.0.0", None, True, "10.1.2.3:9"),
+    ],
+)
+def test_loopback_is_not_listed_on_another_machine(
+    client: ReplayClient, listen: str, host: str | None, away: bool, address: str | None
+) -> None:
+    client.load_library()
+    here = ReplayClient(client.url)
+    if away:
+        here.url = "redis://replay.example:6379"  # what it was called with; it is connected
+    with listed(here, 9, listen=listen, host=host, node="10.1.2.3", labels={}):
+        end = time.monotonic() + 5
+        while address and not live_targets(client):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        registering = "registration" in {thread.name for thread in threading.enumerate()}
+        assert registering == bool(address)
+        assert [one.address for one in live_targets(client)] == ([address] if address else [])
+    here.close()
+    assert live_targets(client) == []
 
 
 def test_the_address_is_one_that_others_reach() -> None:

@@ -456,9 +456,9 @@ def test_tail_that_cannot_go_on_is_raised_in_the_learner(tmp_path: Path) -> None
 
 @pytest.fixture
 def half_rebuilt(client: ReplayClient) -> Iterator[Mirror]:
-    """A mirror that has fetched two of twenty chunks and waits for room."""
+    """A mirror that has fetched some of 300 chunks, more than it reads at a time."""
     client.create(SCHEMA, UNBOUNDED)
-    insert_many(client, 0, 20)
+    insert_many(client, 0, 300)
     with following(client, queue_bytes=16 * SCHEMA.step_bytes) as mirror:
         assert mirror.wait(5)
         yield mirror
@@ -466,8 +466,8 @@ def half_rebuilt(client: ReplayClient) -> Iterator[Mirror]:
 
 def test_rebuilding_yields_the_episodes_of_the_log_and_ends(half_rebuilt: Mirror) -> None:
     episodes = [event for events in half_rebuilt.rebuild() for event in events]
-    assert half_rebuilt.size_steps == 160 and half_rebuilt.rebuild_share == 1.0
-    assert all(event.env_steps <= 160 for event in episodes)
+    assert half_rebuilt.size_steps == 2400 and half_rebuilt.rebuild_share == 1.0
+    assert all(event.env_steps <= 2400 for event in episodes)
 
 
 def test_rebuilding_ends_if_the_server_loses_its_data(
