@@ -11,9 +11,13 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import redis
+from redis.connection import PythonRespSerializer
 
 from benchmarks.frames import columns
 from replay_service import Column, ReplayClient, ReplayConfig, Schema, Uploader
@@ -29,6 +33,24 @@ IMAGES = Schema(
 )
 ROOT = Path(__file__).parents[1]
 _PATIENCE_S = 300.0
+
+
+@contextmanager
+def bare_set(url: str) -> Iterator[Callable[[str, bytes], None]]:
+    """Yield a SET over a connection of its own that copies nothing: the most that Python can ask.
+
+    The client library packs a value into one string with its command and lends a connection for
+    each call; with large values the packing takes most of the time.
+    """
+    with redis.Redis.from_url(url) as client:
+        connection = client.connection_pool.get_connection()
+        pack: Any = PythonRespSerializer(0, connection.encoder.encode).pack
+
+        def command(key: str, value: bytes) -> None:
+            connection.send_packed_command(pack("SET", key, value))
+            connection.read_response()
+
+        yield command
 
 
 def cpu_s() -> float:

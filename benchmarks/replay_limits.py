@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import psutil
-import redis
 from rich.table import Table
 
 from benchmarks.frames import CONTENT, columns
-from benchmarks.load import CHUNK, IMAGES, ROOT, cpu_s, rate, together
+from benchmarks.load import CHUNK, IMAGES, ROOT, bare_set, cpu_s, rate, together
 from benchmarks.replay import VECTORS
 from replay_service import (
     Chunk,
@@ -126,7 +125,7 @@ def _raw(kind: str, count: int) -> dict[str, Any]:
     taken: dict[str, list[float]] = {"socket": [], "set": [], "insert": [], "memcpy": []}
     with (
         _server(IMAGES, KEPT * CHUNK) as (server, client),
-        redis.Redis.from_url(server.url) as plain,
+        bare_set(server.url) as plain_set,
         _echo(len(blob)) as connection,
     ):
         for seq in range(1, count + 1):
@@ -134,7 +133,7 @@ def _raw(kind: str, count: int) -> dict[str, Any]:
             connection.sendall(blob)
             connection.recv(1)
             marks.append(time.perf_counter())
-            plain.set(f"raw:{seq % KEPT}", blob)
+            plain_set(f"raw:{seq % KEPT}", blob)
             marks.append(time.perf_counter())
             reply = client.insert(IMAGES, "raw@1", seq, CHUNK, blob)
             marks.append(time.perf_counter())
