@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
 from dreamer.batch import Batch
+from dreamer.decoder import SQUARED_LINEAR
 from dreamer.policy import Policy
 from dreamer.presets import AGENTS, agent_config, with_fields
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace
@@ -98,10 +99,64 @@ def test_parameter_counts_of_v1_follow_from_its_layers() -> None:
     assert count(agent.actor) == hidden + 3 * 401 * 400 + 401 * 12
 
 
-def build_published(name: str) -> Agent:
+@pytest.mark.parametrize(
+    ("size", "deter", "depth", "units", "layers"),
+    [
+        ("xs", 256, 24, 256, 1),
+        ("s", 512, 32, 512, 2),
+        ("m", 1024, 48, 640, 3),
+        ("l", 2048, 64, 768, 4),
+        ("xl", 4096, 96, 1024, 5),
+    ],
+)
+def test_parameter_counts_of_v3_of_2023_follow_from_its_layers(
+    size: str, deter: int, depth: int, units: int, layers: int
+) -> None:
+    agent: Any = build_published("v3-2023", size, PIXELS | VECTOR)
+    feature, embed = deter + 1024, 8 * depth * 16 + 1024
+
+    def mlp(inputs: int, width: int, depth: int, outputs: int) -> int:
+        # No bias before a norm, which has a scale and a shift.
+        hidden = inputs * width + (depth - 1) * width**2 + depth * 2 * width
+        return hidden + (width + 1) * outputs
+
+    channels = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+    pairs = list(zip(channels[:-1], channels[1:], strict=True))
+    convs = sum(16 * a * b + 2 * b for a, b in pairs)
+    # The vectors' MLPs stay 5 of 1024 at every size.
+    vectors = 3 * 1024 + 4 * 1024**2 + 5 * 2 * 1024
+    assert count(agent.encoder) == convs + vectors
+    stem = (feature + 1) * 16 * 8 * depth
+    deconvs = sum(16 * a * b for a, b in pairs) + 3 + sum(2 * b for b in channels[1:-1])
+    assert count(agent.decoder) == stem + deconvs + mlp(feature, 1024, 5, 3)
+    core = (1024 + 6) * units + 2 * units + (units + deter) * 3 * deter + 2 * 3 * deter
+    prior, posterior = mlp(deter, units, 1, 1024), mlp(deter + embed, units, 1, 1024)
+    assert count(agent.rssm) == core + prior + posterior + deter  # the learned start
+    for part, outputs in {"reward": 255, "critic": 255, "cont": 1, "actor": 12}.items():
+        assert count(getattr(agent, part)) == mlp(feature, units, layers, outputs), part
+
+
+def test_parameter_counts_of_pro_follow_from_its_layers() -> None:
+    agent: Any = build_published("pro")
+    convs = sum((a * 16 + 1) * b for a, b in [(3, 48), (48, 96), (96, 192), (192, 384)])
+    assert count(agent.encoder) == count(agent.prototypes.slow_encoder) == convs
+    proto = agent.prototypes
+    assert count(proto.embed_proj) == count(proto.slow_proj) == (1536 + 1) * 32
+    assert count(proto.feature_proj) == (232 + 1) * 32
+    assert proto.centres.shape == (2500, 32)
+    assert count(agent.reward) == count(agent.critic) == 233 * 400 + 3 * 401 * 400 + 401
+    gru = (400 + 1) * 600 + 2 * 600
+    dense = (38 + 1) * 200
+    prior = (200 + 1) * 200 + (200 + 1) * 64
+    posterior = (200 + 1536 + 1) * 200 + (200 + 1) * 64
+    assert count(agent.rssm) == dense + gru + prior + posterior
+    assert agent.decoder is None and agent.cont is None
+
+
+def build_published(name: str, size: str = "dmc", obs: ObsSpace = PIXELS) -> Agent:
     with torch.device("meta"):
         actions: ActionSpace = {"action": BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)}
-        return make_agent(agent_config(name, "dmc"), PIXELS, actions)
+        return make_agent(agent_config(name, size), obs, actions)
 
 
 @pytest.mark.parametrize("name", EARLIER)
@@ -361,6 +416,42 @@ def test_model_losses_of_early_agents_are_unit_normals(name: str) -> None:
     p = numbers(agent.cont(feature).mean())
     target = 0.99 * (1 - batch.is_terminal.double().numpy())
     close(losses["con"], -target * np.log(p) - (1 - target) * np.log(1 - p), rtol=1e-4)
+
+
+def test_model_losses_of_v3_of_2023_equal_their_equations_written_out() -> None:
+    agent: Any = build("v3-2023", PIXELS | VECTOR, TURN)
+    nn.init.normal_(agent.reward.out.weight)
+    batch = batch_of(agent)
+    batch = batch._replace(reward=100.0 * batch.reward)
+    losses, rollout, _ = losses_of(agent, batch)
+    feature = rollout.states.feature()
+    predicted = agent.decoder(rollout.states.deter, rollout.states.stoch.flatten(2))
+    image = batch.obs["image"].double().numpy() / 255 - 0.5  # linear around the middle, no half
+    want = np.square(numbers(predicted["image"]) - image).sum((2, 3, 4))
+    vector = batch.obs["vector"].double().numpy()
+    error = np.square(numbers(predicted["vector"]) - np.sign(vector) * np.log1p(np.abs(vector)))
+    want += np.where(error < 1e-8, 0.0, error).sum(-1)
+    close(losses["rec"], want, rtol=1e-5)
+    # Two neighbouring bins of symlog(reward), 40 / 254 apart.
+    reward = batch.reward.double().numpy()
+    place = (np.sign(reward) * np.log1p(np.abs(reward)) + 20.0) / (40.0 / 254.0)
+    below = np.floor(place).astype(int)
+    log_p = numbers(agent.reward(feature).logits.double().log_softmax(-1))
+    low, high = (np.take_along_axis(log_p, i[..., None], -1)[..., 0] for i in (below, below + 1))
+    close(losses["rew"], -(1 - (place - below)) * low - (place - below) * high, rtol=1e-4)
+    p = numbers(agent.cont(feature).mean())
+    target = 1 - batch.is_terminal.double().numpy()  # without the discount
+    close(losses["con"], -target * np.log(p) - (1 - target) * np.log(1 - p), rtol=1e-4)
+    kl = numbers(agent.rssm.latent.kl(rollout.post, rollout.prior))
+    for name in ("dyn", "rep"):
+        close(losses[name], np.maximum(kl, 1.0), rtol=1e-5)
+    assert [agent.scale(name) for name in ("dyn", "rep", "rec", "rew")] == [0.5, 0.1, 1.0, 1.0]
+
+
+def test_squared_errors_too_small_to_matter_are_none_in_v3_of_2023() -> None:
+    target = torch.tensor([0.0, 0.0])
+    error = SQUARED_LINEAR.vector(torch.tensor([9e-5, 2e-4]), target)
+    close(error, [0.0, 4e-8], rtol=1e-3)
 
 
 def test_v2_copies_its_critic_at_once_and_then_after_every_hundred_updates() -> None:

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dreamer.nets import MLP, BlockLinear, Dense, Linear, RMSNorm, trunc_normal_
+from dreamer.nets import LAYER_SILU, MLP, BlockLinear, Dense, Linear, RMSNorm, trunc_normal_
+from dreamer.strided import StridedConv
 from tests.dreamer.cases import close, golden
 
 
@@ -92,3 +93,26 @@ def test_mlp_without_layers_passes_its_input_on() -> None:
 
 def test_mlp_keeps_every_leading_axis() -> None:
     assert MLP(5, 2, 8)(torch.randn(2, 3, 5)).shape == (2, 3, 8)
+
+
+def test_layers_of_2023_start_by_the_mean_of_both_fans() -> None:
+    torch.manual_seed(0)
+    hidden = Dense(300, 100, LAYER_SILU).linear
+    assert hidden.bias is None
+    deviation = 200**-0.5
+    assert hidden.weight.std().item() == pytest.approx(deviation, rel=0.02)
+    # Cut at two deviations of the normal, which are larger than those that are left.
+    limit = 2 * deviation / 0.87962566
+    assert 0.95 * limit < hidden.weight.abs().max().item() <= limit
+    out = LAYER_SILU.out(300, 100)
+    limit = (3 / 200) ** 0.5
+    assert 0.99 * limit < out.weight.abs().max().item() <= limit
+    assert not out.bias.any()
+
+
+def test_convolutions_of_2023_count_the_kernel_in_both_fans() -> None:
+    torch.manual_seed(0)
+    conv = StridedConv(16, 48, 4, LAYER_SILU.hidden_init)
+    deviation = (16 * 32) ** -0.5
+    assert conv.weight.std().item() == pytest.approx(deviation, rel=0.03)
+    assert conv.weight.abs().max().item() <= 2 * deviation / 0.87962566 + 1e-6
