@@ -213,6 +213,8 @@ class ExplorationConfig:
     """Standard deviation of normal noise on continuous actions, in units of their range [-1, 1]."""
     epsilon: float = 0.0
     """Share of discrete actions that are replaced by uniform ones."""
+    random_start: bool = False
+    """Whether all actions are uniform until the first update, as before DreamerV3 of 2024."""
     half_life_updates: int = 0
     """Updates in which noise and epsilon fall by half; 0 keeps them as they are."""
     floor: float = 0.0

@@ -36,6 +36,9 @@ class Part(Protocol):
     def explore(self, action: Tensor, noise: float, epsilon: float) -> Tensor:
         """Return the action (…, size) disturbed: Gaussian noise, or a random choice."""
 
+    def uniform(self) -> Tensor:
+        """Draw (…, size) from all that is possible, whatever the policy."""
+
 
 class ActionDist:
     """A policy's distribution over flat actions: independent parts, each over its own slice."""
@@ -72,6 +75,10 @@ class ActionDist:
         pairs = zip(self.parts, slices, strict=True)
         return torch.cat([part.explore(x, noise, epsilon) for part, x in pairs], -1)
 
+    def uniform(self) -> Tensor:
+        """Draw flat actions (…, A) from all that is possible, whatever the policy."""
+        return torch.cat([part.uniform() for part in self.parts], -1)
+
 
 class Categorical:
     """One-hot categorical with a uniform mix, from logits (…, K)."""
@@ -102,20 +109,29 @@ class Categorical:
         """Replace a share ``epsilon`` of the actions by uniform ones."""
         if epsilon == 0.0:
             return action
-        uniform = ops.sample_onehot(torch.full_like(action, 1.0 / self.size))
-        return torch.where(torch.rand_like(action[..., :1]) < epsilon, uniform, action)
+        chance = torch.rand_like(action[..., :1])
+        return torch.where(chance < epsilon, self.uniform(), action)
+
+    def uniform(self) -> Tensor:
+        """Draw (…, K) one-hot, every choice alike."""
+        return ops.sample_onehot(torch.full_like(self.log_p, 1.0 / self.size))
 
 
 class _Continuous:
-    """Exploration noise on actions in [−1, 1]."""
+    """Exploration with actions in [−1, 1]."""
 
     size: int
+    mean: Tensor
 
     def explore(self, action: Tensor, noise: float, epsilon: float) -> Tensor:
         """Add normal noise of deviation ``noise`` and clip to [−1, 1]."""
         if noise == 0.0:
             return action
         return (action + noise * torch.randn_like(action)).clamp(-1.0, 1.0)
+
+    def uniform(self) -> Tensor:
+        """Draw (…, d) evenly from [−1, 1]."""
+        return 2.0 * torch.rand_like(self.mean) - 1.0
 
 
 class BoundedNormal(_Continuous):

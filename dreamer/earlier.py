@@ -115,7 +115,9 @@ class V1Config(AgentConfig):
     """Which agent; set by the preset."""
     evaluation: Literal["sample", "greedy"] = "greedy"
     """How the paper's evaluation acts."""
-    exploration: ExplorationConfig = field(default_factory=lambda: ExplorationConfig(noise=0.3))
+    exploration: ExplorationConfig = field(
+        default_factory=lambda: ExplorationConfig(noise=0.3, random_start=True)
+    )
     """Noise on the actors' actions."""
     world: WorldConfig = field(default_factory=WorldConfig)
     """World model."""
@@ -147,6 +149,10 @@ class V2Config(AgentConfig):
     """Which agent; set by the preset."""
     evaluation: Literal["sample", "greedy"] = "greedy"
     """How the paper's evaluation acts."""
+    exploration: ExplorationConfig = field(
+        default_factory=lambda: ExplorationConfig(random_start=True)
+    )
+    """Noise on the actors' actions."""
     world: WorldConfig = field(default_factory=lambda: WorldConfig(
         deter=1024, hidden=1024, stoch=32, classes=32, depth=48
     ))  # fmt: skip
@@ -183,6 +189,10 @@ class V3Of2023Config(AgentConfig):
 
     name: str = "v3-2023"
     """Which agent; set by the preset."""
+    exploration: ExplorationConfig = field(
+        default_factory=lambda: ExplorationConfig(random_start=True)
+    )
+    """Noise on the actors' actions."""
     world: WorldConfig = field(default_factory=lambda: WorldConfig(
         deter=4096, hidden=1024, stoch=32, classes=32, unimix=0.01, depth=96, vector_layers=5,
         vector_units=1024,

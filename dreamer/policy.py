@@ -147,7 +147,11 @@ class Policy(nn.Module):
         dist = self.actor(torch.cat([deter, stoch], -1))
         action: Tensor = dist.mode() if mode == "greedy" else dist.sample()
         if mode == "explore":
-            action = dist.explore(action, *self.config.exploration.at(self.version[1]))
+            exploration, updates = self.config.exploration, self.version[1]
+            if exploration.random_start and updates <= 0:
+                action = dist.uniform()
+            else:
+                action = dist.explore(action, *exploration.at(updates))
         return action, (deter, stoch, action)
 
     def latents(self) -> tuple[Tensor, Tensor]:

@@ -506,6 +506,29 @@ def test_actors_of_v1_explore_and_its_evaluation_does_not() -> None:
     assert 0.25 < moved["action"].std() < 0.35
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_agents_before_2024_begin_with_uniform_actions(name: str) -> None:
+    agent = build(name, VECTOR, ACTIONS)
+    with torch.no_grad():  # a policy that always does the same
+        agent.actor.out.weight.zero_()  # type: ignore[union-attr, operator]
+        agent.actor.out.bias.copy_(-30.0 * torch.arange(len(agent.actor.out.bias)))  # type: ignore
+    obs, first = random_obs(VECTOR, (3000,)), np.ones(3000, bool)
+
+    def explored(updates: int) -> dict[str, Any]:
+        policy = Policy(agent.config, VECTOR, ACTIONS, seed=0)
+        policy.load(pack(agent.policy_tensors(), (0, updates)))
+        return policy.step(obs, first, mode="explore")[0]
+
+    turns, push = explored(0)["action.turn"], explored(0)["action.push"]
+    if name in ("v1", "v2", "v3-2023", "pro"):
+        assert np.bincount(turns, minlength=3) == pytest.approx(1000, abs=150)
+        assert np.histogram(push, 4, (-1, 1))[0] == pytest.approx(1500, abs=200)
+        assert np.bincount(explored(0)["action.keys"][:, 1]) == pytest.approx(750, abs=150)
+    else:
+        assert (turns == 0).mean() > 0.95, "the policy acts from the beginning"
+    assert (explored(1)["action.turn"] == 0).mean() > 0.95
+
+
 def test_options_of_another_agent_are_refused() -> None:
     config = replace(agent_config("v2", "debug"), name="v3")
     with pytest.raises(ValueError, match="agent 'v3' takes the options of V3Config, got V2Config"):
