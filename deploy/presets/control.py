@@ -30,6 +30,18 @@ _BALANCE = _CARTPOLE | {
     "actor.isolation": "process",
 }
 _BALANCE_WITHOUT_ENDS = {"agent.cont": False}
+_EMPTY_ROOM = _CARTPOLE | {
+    "env": "minigrid:Empty-5x5-v0",
+    "environment.image_size": 64,
+    "steps": 12_000,
+    "envs_per_actor": 2,
+    "train_ratio": 32.0,
+    "actor.isolation": "process",
+    "learner.batch_size": 8,
+    "learner.batch_length": 16,
+    "learner.video_every_s": 120.0,
+    "replay.capacity_steps": 20_000,
+}
 
 CONTROL_PRESETS: dict[str, Preset] = {
     "v1-cartpole": Preset(
@@ -89,5 +101,24 @@ CONTROL_PRESETS: dict[str, Preset] = {
         size="tiny",
         values=_BALANCE
         | {"replay.online": True, "agent.optim.lr": 4e-4, "agent.optim.warmup": 200},
+    ),
+    "pro-minigrid": Preset(
+        summary="DreamerPro in an empty room of MiniGrid from 64x64 pixels, within a quarter of an "
+        "hour of two CPU cores: latents, KL and entropy as in DreamerV2's Atari settings.",
+        agent="pro",
+        size="tiny",
+        # A few thousand updates in all: prototypes and slow critic cannot wait as published.
+        values=_EMPTY_ROOM
+        | _FAST
+        | {
+            "agent.cont": True,
+            "agent.world.classes": 8,
+            "agent.free_nats": 0.0,
+            "agent.kl_scale": 0.1,
+            "agent.imagination.entropy": 1e-3,
+            "agent.slow_every": 20,
+            "agent.prototypes.eps": 0.05,
+            "agent.prototypes.freeze": 300,
+        },
     ),
 }
