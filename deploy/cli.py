@@ -65,7 +65,7 @@ def parse_train(args: list[str]) -> TrainConfig:
         ConfigError: unknown flags (the nearest one is given), bad values.
         SystemExit: help was asked for.
     """
-    from deploy.presets import PRESETS, preset
+    from deploy.presets import PRESETS, cost, preset
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
@@ -85,7 +85,9 @@ def parse_train(args: list[str]) -> TrainConfig:
             from deploy.offline import offline_default
 
             default = offline_default(chosen.offline, start if named else None) or start
-    presets = "\n".join(f"  {name}: {known.summary}" for name, known in PRESETS.items())
+    presets = "\n".join(
+        f"  {name}: {known.summary} ({cost(preset(name))})" for name, known in PRESETS.items()
+    )
     return parse(
         TrainConfig,
         args,

@@ -43,10 +43,12 @@ class TrainConfig:
     preset: str = "v3-cartpole"
     """Named configuration to start from; every other flag changes it. One of v3-cartpole,
     v3-balance, v3-dmc-proprio, v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid;
-    v1-cartpole, v1-balance, v1-dmc-vision, v1-dmc-proprio; v2-cartpole, v2-balance, v2-dmc-vision,
-    v2-dmc-proprio, v2-atari, v2-crafter; v3-2023-cartpole, v3-2023-balance, v3-2023-dmc-vision,
-    v3-2023-dmc-proprio, v3-2023-atari100k, v3-2023-crafter; pro-minigrid, pro-dmc-vision,
-    pro-natural, pro-v3-dmc-vision; r2-dmc-vision, infonce-dmc-vision."""
+    v1-cartpole, v1-balance, v1-dmc-vision, v1-dmc-proprio, v1-atari, v1-crafter, v1-minigrid;
+    v2-cartpole, v2-balance, v2-dmc-vision, v2-dmc-proprio, v2-atari, v2-atari100k, v2-crafter,
+    v2-minigrid; v3-2023-cartpole, v3-2023-balance, v3-2023-dmc-vision, v3-2023-dmc-proprio,
+    v3-2023-atari, v3-2023-atari100k, v3-2023-crafter, v3-2023-minigrid; pro-minigrid,
+    pro-dmc-vision, pro-natural, pro-atari, pro-v3-dmc-vision; r2-dmc-vision,
+    infonce-dmc-vision."""
     size: str = "200m"
     """Model size that sets all widths: 1m, 12m, 25m, 50m, 100m, 200m or 400m as published (the name
     is the number of parameters), tiny for vectors on a CPU, debug for tests. Earlier agents have

@@ -124,9 +124,14 @@ SIZES_OF_2023: dict[str, Widths] = {
 
 # Fewer prototypes where the model is small.
 _FEWER_PROTOTYPES = {"debug": 16, "tiny": 256}
+_GAUSSIAN_PRO = {"world.deter": 200, "world.hidden": 200, "world.stoch": 32, "world.classes": 0}
 PRO_SIZES: dict[str, Widths] = {
     size: {**widths, "prototypes.count": _FEWER_PROTOTYPES.get(size, 2500)}
-    for size, widths in V1_SIZES.items()
+    for size, widths in {
+        **{size: _early_widths(size, categorical=False) for size in EARLY_SIZES},
+        "dmc": _GAUSSIAN_PRO,
+        "atari": {**_GAUSSIAN_PRO, **V2_SIZES["atari"], "world.classes": 32},
+    }.items()
 }
 PRO_V3_SIZES: dict[str, Widths] = {
     size: {**widths, "prototypes.count": _FEWER_PROTOTYPES.get(size, 2500)}

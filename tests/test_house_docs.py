@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import COMMANDS, parse, parse_train
-from deploy.presets import PRESETS, preset
+from deploy.presets import PRESETS, cost, preset
 from deploy.replaycmd import ACTIONS
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +110,7 @@ def test_table_of_presets_says_what_the_presets_say(name: str) -> None:
         f"{config.train_ratio:g}",
         f"{config.actors} × {config.envs_per_actor}",
     ]
+    assert cells[6] == cost(config)
 
 
 def test_readme_shows_every_command() -> None:

@@ -77,6 +77,41 @@ _PRO = (
         "learner.batch_length": 50,
     }
 )
+_V2_ATARI = {
+    "replay.sampling.ends": True,
+    "environment.grayscale": True,
+    "environment.sticky": 0.25,
+    "environment.all_actions": False,
+    "environment.time_limit": 27_000,
+    "agent.kl_scale": 0.1,
+    "agent.cont_scale": 5.0,
+    "agent.imagination.discount": 0.999,
+    "agent.imagination.entropy": 1e-3,
+    "agent.optim.model_lr": 2e-4,
+    "agent.optim.actor_lr": 4e-5,
+    "agent.optim.critic_lr": 1e-4,
+}
+# What the paper says of discrete tasks; its code has none. Epsilon falls to 0.1 at 200,000 updates.
+_V1_DISCRETE = {
+    "agent.cont": True,
+    "agent.reward": "tanh",
+    "agent.kl_scale": 0.1,
+    "agent.imagination.horizon": 10,
+    "agent.exploration.epsilon": 0.4,
+    "agent.exploration.half_life_updates": 100_000,
+    "agent.exploration.floor": 0.1,
+}
+# Episodes may be shorter than a window, so windows cross them, with resets inside.
+_MINIGRID = {
+    "env": "minigrid:DoorKey-6x6-v0",
+    "steps": 500_000,
+    "actors": 2,
+    "envs_per_actor": 8,
+    "train_ratio": 64.0,
+    "environment.image_size": 64,
+    "replay.online": False,
+    "replay.capacity_steps": 500_000,
+}
 _CONTRAST = {
     "steps": 500_000,
     "actors": 4,
@@ -97,6 +132,35 @@ EARLIER_PRESETS: dict[str, Preset] = {
         agent="v1",
         size="dmc",
         values=_PROPRIO | _V1,
+    ),
+    "v1-atari": Preset(
+        summary="DreamerV1 on Atari for 5e6 frames, with what its paper says of discrete tasks "
+        "and the schedule of DeepMind Control.",
+        agent="v1",
+        size="dmc",
+        values=_ATARI
+        | _V1
+        | _V1_DISCRETE
+        | {"steps": 1_250_000, "train_ratio": 1000.0, "replay.capacity_steps": 1_250_000},
+    ),
+    "v1-crafter": Preset(
+        summary="The same on Crafter for a million steps. Not published.",
+        agent="v1",
+        size="dmc",
+        values=_V1
+        | _V1_DISCRETE
+        | {
+            "env": "crafter:reward",
+            "steps": 1_000_000,
+            "environment.image_size": 64,
+            "replay.capacity_steps": 1_000_000,
+        },
+    ),
+    "v1-minigrid": Preset(
+        summary="The same on MiniGrid. Our own numbers.",
+        agent="v1",
+        size="dmc",
+        values=_MINIGRID | _V1_DISCRETE,
     ),
     "v2-dmc-vision": Preset(
         summary="DreamerV2 on DeepMind Control from 64x64 pixels, 2e6 frames.",
@@ -119,21 +183,31 @@ EARLIER_PRESETS: dict[str, Preset] = {
         | {
             "steps": 50_000_000,
             "train_ratio": 50.0,
-            "replay.sampling.ends": True,
-            "environment.grayscale": True,
-            "environment.sticky": 0.25,
-            "environment.all_actions": False,
-            "environment.time_limit": 27_000,
             "replay.capacity_steps": 2_000_000,
             "replay.min_size_steps": 50_000,
-            "agent.kl_scale": 0.1,
-            "agent.cont_scale": 5.0,
-            "agent.imagination.discount": 0.999,
-            "agent.imagination.entropy": 1e-3,
-            "agent.optim.model_lr": 2e-4,
-            "agent.optim.actor_lr": 4e-5,
-            "agent.optim.critic_lr": 1e-4,
+        }
+        | _V2_ATARI,
+    ),
+    "v2-atari100k": Preset(
+        summary="DreamerV2 with its Atari settings for 400 thousand frames. Our own schedule: an "
+        "update in every step.",
+        agent="v2",
+        size="atari",
+        values=_ATARI
+        | _V2
+        | _V2_ATARI
+        | {
+            "steps": 100_000,
+            "train_ratio": 800.0,
+            "environment.sticky": 0.0,
+            "replay.capacity_steps": 100_000,
         },
+    ),
+    "v2-minigrid": Preset(
+        summary="DreamerV2 on MiniGrid. Our own numbers.",
+        agent="v2",
+        size="atari",
+        values=_MINIGRID | {"agent.reward": "identity", "agent.kl_scale": 0.1},
     ),
     "v2-crafter": Preset(
         summary="DreamerV2 on Crafter for a million steps, with a norm in every layer.",
@@ -165,6 +239,28 @@ EARLIER_PRESETS: dict[str, Preset] = {
         agent="v3-2023",
         size="s",
         values=_PROPRIO | _V3_2023_DMC | {"steps": 250_000, "replay.capacity_steps": 250_000},
+    ),
+    "v3-2023-atari": Preset(
+        summary="DreamerV3 of January 2023 on Atari at 200 million frames: 64x64 colour, sticky, "
+        "all actions, no no-ops.",
+        agent="v3-2023",
+        size="xl",
+        values=_ATARI
+        | {
+            "steps": 55_000_000,
+            "actors": 2,
+            "envs_per_actor": 4,
+            "train_ratio": 64.0,
+            "environment.noops": 0,
+            "replay.online": False,
+            "replay.capacity_steps": 1_000_000,
+        },
+    ),
+    "v3-2023-minigrid": Preset(
+        summary="DreamerV3 of January 2023 on MiniGrid. Our own numbers.",
+        agent="v3-2023",
+        size="s",
+        values=_MINIGRID,
     ),
     "v3-2023-atari100k": Preset(
         summary="DreamerV3 of January 2023 on Atari at 400 thousand frames.",
@@ -204,6 +300,23 @@ EARLIER_PRESETS: dict[str, Preset] = {
         agent="pro",
         size="dmc",
         values=_VISION | _PRO | {"agent.reward_scale": 1000.0, "agent.prototypes.norm_scale": 1.0},
+    ),
+    "pro-atari": Preset(
+        summary="DreamerPro on Atari: its objective on DreamerV2's settings, for 4e6 frames. Its "
+        "repository calls that untested, and so is this.",
+        agent="pro",
+        size="atari",
+        values=_ATARI
+        | _PRO
+        | _V2_ATARI
+        | {
+            "steps": 1_000_000,
+            "replay.capacity_steps": 1_000_000,
+            "agent.cont": True,
+            "agent.free_nats": 0.0,
+            "agent.reward": "tanh",
+            "agent.prototypes.eps": 0.05,
+        },
     ),
     "pro-v3-dmc-vision": Preset(
         summary="DreamerPro's objective on DreamerV3 (2025), from 64x64 pixels. Not published.",

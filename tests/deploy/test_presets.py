@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.config import ConfigError, TrainConfig
-from deploy.presets import PRESETS, preset
+from deploy.presets import PRESETS, cost, preset, record_bytes
 from dreamer.presets import AGENTS, SIZES
 
 
@@ -27,6 +27,8 @@ def test_schedules_of_earlier_agents_make_the_published_updates() -> None:
         "v2-dmc-vision": 0.2,
         "v2-atari": 0.0625,
         "v3-2023-dmc-vision": 0.5,
+        "v1-atari": 0.4,  # as many per frame as with action repeat 2
+        "v3-2023-atari": 0.0625,
         "v3-2023-atari100k": 1.0,
         "pro-dmc-vision": 0.2,
     }
@@ -45,10 +47,10 @@ def test_presets_draw_windows_as_their_papers_do() -> None:
     within = {name for name in PRESETS if name.startswith(("v1-", "v2-", "pro-"))}
     # Episodes of CartPole begin shorter than a window, so there they must be cut together.
     within -= {"pro-v3-dmc-vision", "v1-cartpole", "v2-cartpole", "v1-balance", "v2-balance"}
-    within -= {"pro-minigrid"}
+    within -= {"pro-minigrid", "v1-minigrid", "v2-minigrid"}
     for name, (windows, ends, online) in drawn.items():
         assert windows == ("episodes" if name in within else "any"), name
-        assert ends == (name in ("v2-atari", "v2-crafter")), name
+        assert ends == (name in ("v2-atari", "v2-atari100k", "v2-crafter", "pro-atari")), name
         new = name.startswith(("v3-", "pro-v3-", "r2-", "infonce-")) and "2023" not in name
         assert online == new, name
 
@@ -89,3 +91,12 @@ def test_help_of_the_top_level_lists_every_preset_and_size() -> None:
     text = inspect.getsource(TrainConfig)
     for name in [*PRESETS, *SIZES]:
         assert name in text, name
+
+
+def test_cost_counts_updates_and_the_bytes_of_the_replay() -> None:
+    atari = preset("v2-atari")  # one grey channel, no latents
+    assert record_bytes(atari) == 64 * 64 + 64
+    assert cost(atari) == "0.0625 updates per step, 3,125,000 in all; 7.7 GiB of replay"
+    deter, groups = 2048, 32  # half precision and a byte each
+    assert record_bytes(preset("v3-dmc-vision")) == 3 * 64 * 64 + 2 * deter + groups + 64
+    assert "less than 0.1 GiB" in cost(preset("v1-cartpole"))
