@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -234,12 +234,23 @@ class Agent(nn.Module):
             for group in groups
         ]
         checked = [*losses.values(), *(grad for given in grads for grad in given)]
-        finite = torch.stack(torch._foreach_norm([x.detach() for x in checked])).isfinite().all()
+        norms = torch._foreach_norm([x.detach() for x in checked])
+        finite = torch.stack(norms).isfinite().all()
         metrics: Metrics = {"finite": finite}
+        metrics |= self._gradient_norms(groups, norms[len(losses) :])
         for group, grad in zip(groups, grads, strict=True):
             found = group.optimiser.step(list(grad), finite)
             metrics |= {f"{key}/{group.name}" if group.name else key: x for key, x in found.items()}
         return metrics
+
+    def _gradient_norms(self, groups: list[Group], norms: Sequence[Tensor]) -> Metrics:
+        """Return ``grad_norm/<module>`` of every trained module, before clipping."""
+        owners = {id(param): name.split(".")[0] for name, param in self.named_parameters()}
+        params = [param for group in groups for param in group.params]
+        parts: dict[str, list[Tensor]] = {}
+        for param, norm in zip(params, norms, strict=True):
+            parts.setdefault(owners[id(param)], []).append(norm)
+        return {f"grad_norm/{name}": torch.stack(found).norm() for name, found in parts.items()}
 
     def to_record(self, states: State) -> dict[str, Tensor]:
         """Return latents in the types of the replay record, or nothing if none are stored."""

@@ -214,6 +214,20 @@ def test_each_optimiser_moves_its_own_parts(name: str, actions: ActionSpace) -> 
     assert len(trained) == sum(len(group.params) for group in by_name.values())
 
 
+@pytest.mark.parametrize("name", AGENTS)
+def test_every_trained_module_reports_the_norm_of_its_gradient(name: str) -> None:
+    agent = build(name)
+    metrics, _ = agent.update(batch_of(agent))
+    trained = {key.split(".")[0] for key, p in agent.named_parameters() if p.requires_grad}
+    norms = {key: metrics[f"grad_norm/{key}"] for key in trained}
+    assert norms["actor"] > 0 and norms["encoder"] > 0
+    for group in agent.groups():
+        whole = metrics[f"grad_norm/{group.name}" if group.name else "grad_norm"]
+        inside = trained - {"actor", "critic"} if group.name == "model" else trained
+        inside = {group.name} if group.name in ("actor", "critic") else inside
+        close(torch.stack([norms[key] for key in sorted(inside)]).norm(), whole, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["v1", "v2", "v3-2023", "pro"])
 @pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
 def test_gradients_reach_what_the_paper_says(name: str, actions: ActionSpace) -> None:
