@@ -296,6 +296,8 @@ class ProV3Config(V3Config):
 
     name: str = "pro-v3"
     """Which agent; set by the preset."""
+    evaluation: Literal["sample", "greedy"] = "greedy"
+    """How the paper's evaluation acts."""
     prototypes: PrototypesConfig = field(default_factory=lambda: PrototypesConfig(
         eps=0.05, norm_scale=1.0, whole_pixels=True, rollout="clean"
     ))  # fmt: skip
@@ -316,6 +318,8 @@ class ContrastConfig(V3Config):
 
     name: str = "infonce"
     """Which agent; set by the preset."""
+    evaluation: Literal["sample", "greedy"] = "greedy"
+    """How the paper's evaluation acts."""
     objective_scale: float = 1.0
     """Weight of the representation's loss."""
 
