@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from deploy.config import ConfigError, TrainConfig
@@ -76,6 +78,53 @@ def test_published_numbers_are_the_published_ones() -> None:
     }
     got = {name: (preset(name).size, preset(name).steps, preset(name).train_ratio) for name in want}
     assert got == want
+
+
+# Of the published tables: rates of model, actor and critic; eps of the model and of the others;
+# clips likewise; decay; entropy; discount; free nats; random steps before training.
+EARLIER_NUMBERS = {
+    "v1-dmc-vision": ((6e-4, 8e-5, 8e-5), (1e-7, 1e-7), (100, 100), 0, 0, 0.99, 3, 2_500),
+    "v2-dmc-vision": ((3e-4, 8e-5, 8e-5), (1e-5, 1e-5), (100, 100), 1e-6, 1e-4, 0.99, 1, 1_000),
+    "v2-atari": ((2e-4, 4e-5, 1e-4), (1e-5, 1e-5), (100, 100), 1e-6, 1e-3, 0.999, 0, 50_000),
+    "v2-crafter": ((1e-4, 1e-4, 1e-4), (1e-5, 1e-5), (100, 100), 1e-6, 3e-3, 0.999, 0, 10_000),
+    "v3-2023-crafter": (
+        (1e-4, 3e-5, 3e-5), (1e-8, 1e-5), (1000, 100), 0, 3e-4, 1 - 1 / 333, 1, 1_024,
+    ),
+    "pro-dmc-vision": ((3e-4, 8e-5, 8e-5), (1e-5, 1e-5), (100, 100), 1e-6, 1e-4, 0.99, 1, 2_500),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARLIER_NUMBERS)
+def test_earlier_agents_have_the_numbers_of_their_papers(name: str) -> None:
+    config = preset(name)
+    agent: Any = config.agent
+    optim, rule = agent.optim, agent.imagination
+    assert EARLIER_NUMBERS[name] == (
+        (optim.model_lr, optim.actor_lr, optim.critic_lr),
+        (optim.eps, optim.behaviour_eps),
+        (optim.model_clip, optim.behaviour_clip),
+        optim.decay,
+        rule.entropy,
+        rule.discount,
+        agent.free_nats,
+        config.replay.min_size_steps,
+    )
+    assert (rule.horizon, rule.lambda_) == (15, 0.95)
+
+
+def test_what_only_one_early_agent_has_is_as_published() -> None:
+    found: list[Any] = [preset(name).agent for name in ("v1-atari", "v2-atari", "pro-natural")]
+    v1, atari, pro = found
+    assert [v1.exploration.at(n)[1] for n in (0, 100_000, 200_000, 10**6)] == [0.4, 0.2, 0.1, 0.1]
+    assert (v1.imagination.horizon, v1.kl_scale, v1.reward, v1.cont) == (10, 0.1, "tanh", True)
+    assert (atari.kl_scale, atari.kl_balance, atari.cont_scale) == (0.1, 0.8, 5.0)
+    assert (atari.slow_every, atari.reward, atari.layer_norm) == (100, "tanh", False)
+    prototypes = pro.prototypes
+    assert (prototypes.count, prototypes.size, prototypes.freeze) == (2500, 32, 10_000)
+    assert (prototypes.eps, prototypes.temperature, prototypes.shift) == (0.0125, 0.1, 3.0)
+    assert (prototypes.ema_rate, prototypes.norm_scale, pro.reward_scale) == (0.05, 1.0, 1000.0)
+    plain: Any = preset("pro-dmc-vision").agent
+    assert (plain.prototypes.norm_scale, plain.reward_scale) == (0.0, 1.0)
 
 
 def test_unknown_preset_and_size_name_the_nearest_and_all() -> None:
