@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import msgpack
@@ -245,12 +246,23 @@ def _inflate(data: bytes, size: int) -> bytes:
     return out
 
 
+@cache
+def _crc32() -> Callable[..., int]:
+    """Return CRC-32; with the optional isal it has vector instructions, ten times faster."""
+    try:
+        from isal.isal_zlib import crc32
+    except ImportError:
+        from zlib import crc32
+    return crc32
+
+
 def _checksum(header: dict[str, Any], blobs: dict[str, Any], schema: Schema) -> int:
     """CRC-32 of the header without its checksum, then of each column in the schema's order."""
     keys = [key for key in _HEADER_KEYS if key != "crc32"]
-    crc = zlib.crc32(msgpack.packb([header[key] for key in keys]))
+    crc32 = _crc32()
+    crc = crc32(msgpack.packb([header[key] for key in keys]))
     for column in schema.columns:
-        crc = zlib.crc32(blobs[column.name], crc)
+        crc = crc32(blobs[column.name], crc)
     return crc
 
 

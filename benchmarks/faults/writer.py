@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.records import SCHEMA, record
 from replay_service import (
@@ -38,18 +39,10 @@ class Recorder(ReplayClient):
         self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def insert(
-        self,
-        schema: Schema,
-        sid: str,
-        seq: int,
-        steps: int,
-        blob: bytes,
-        *,
-        send: bool = True,
-        token: str | None = None,
+        self, schema: Schema, sid: str, seq: int, steps: int, blob: bytes, **options: Any
     ) -> InsertReply:
         """Insert one chunk and note it if it is safe."""
-        reply = super().insert(schema, sid, seq, steps, blob, send=send, token=token)
+        reply = super().insert(schema, sid, seq, steps, blob, **options)
         if reply.code in ("OK", "DUP"):
             # One write to a file outlives this process, whatever ends it.
             os.write(self._journal, f"{sid} {seq}\n".encode())

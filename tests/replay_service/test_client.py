@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +100,25 @@ def test_foreign_orphan_under_the_same_key_is_replaced(
         assert client.insert(SCHEMA, "s0@1", 2, 400, large).code == "NOPAYLOAD"
         assert client.insert(SCHEMA, "s0@1", 2, 400, large).code == "OK"
         assert admin.ttl(client.payload_key("s0@1", 2)) == -1
+
+
+@pytest.mark.parametrize("steps", [8, 400])
+def test_the_server_works_on_an_insert_while_the_caller_does_something_else(
+    client: ReplayClient, server: EmbeddedServer, steps: int
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    seen: list[int] = []
+
+    def look() -> None:
+        until = time.monotonic() + 10.0
+        with closing(ReplayClient(server.url)) as other:
+            while not (inserted := other.stats().inserted_steps) and time.monotonic() < until:
+                pass
+        seen.append(inserted)
+
+    blob = encode_chunk(chunk(0, 1, steps=steps), SCHEMA, "raw")
+    assert client.insert(SCHEMA, "s0@1", 1, steps, blob, meanwhile=look).code == "OK"
+    assert seen == [steps]
 
 
 def test_a_payload_of_another_length_than_announced_is_not_kept(client: ReplayClient) -> None:
