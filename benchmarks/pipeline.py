@@ -14,7 +14,7 @@ from learner.files import read_rows
 
 CASES: dict[str, tuple[str, ...]] = {
     # The learner is the bottleneck: cheap environments, a ratio that it cannot keep up with.
-    "learner": ("--train-ratio", "512", "--steps", "2400"),
+    "learner": ("--train-ratio", "128", "--steps", "2400"),
     # The environments are: few replayed steps for each of theirs.
     "environments": ("--train-ratio", "0.25", "--steps", "150000"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -161,6 +162,14 @@ class TrainConfig:
                 f"--replay.min-size-steps {self.replay.min_size_steps}; raise the first or lower "
                 "the second"
             )
+
+    @property
+    def target_updates(self) -> int:
+        """The updates at which a run ends: the given ones, or what its steps pay for."""
+        if self.updates is not None:
+            return self.updates
+        batch = self.learner.batch_size * self.learner.batch_length
+        return max(1, math.floor(self.steps * self.train_ratio / batch))
 
     @property
     def directory(self) -> Path:

@@ -426,6 +426,8 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
         batch_size=knobs.batch_size,
         batch_length=knobs.batch_length,
         mode=knobs.mode,
+        # A run in lockstep is the same again elsewhere too, whatever compilers are there.
+        updates=0 if config.lockstep else config.target_updates,
     )
 
 

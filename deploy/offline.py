@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -223,7 +222,7 @@ def make_learner(config: TrainConfig, run: Path, facts: EnvFacts, mirror: Any) -
     from learner.learner import Learner, RunFacts
     from learner.offline import NoAccount, NoPublisher, NoServer, OfflinePace
 
-    knobs, digest, target = config.learner, config_hash(config), target_updates(config)
+    knobs, digest, target = config.learner, config_hash(config), config.target_updates
     agent = build_agent(config, facts, choose_device(config.device))
     return Learner(
         knobs,
@@ -244,14 +243,6 @@ def make_learner(config: TrainConfig, run: Path, facts: EnvFacts, mirror: Any) -
         recorder=make_recorder(config, run, facts, offline=True),
         fence=0,
     )
-
-
-def target_updates(config: TrainConfig) -> int:
-    """Return the updates at which a run ends: the given ones, or what its steps pay for."""
-    if config.updates is not None:
-        return config.updates
-    batch = config.learner.batch_size * config.learner.batch_length
-    return max(1, math.floor(config.steps * config.train_ratio / batch))
 
 
 def finish(config: TrainConfig, run: Path, learner: Learner) -> None:

@@ -11,6 +11,7 @@ PHASES = (
     "warmup",
     "environments",
     "data_wait",
+    "compile",
     "update",
     "publish",
     "checkpoint",
@@ -20,7 +21,8 @@ PHASES = (
 )
 """Where the learner's time goes. ``warmup``: the replay is not yet large enough. ``environments``:
 the train ratio allows no update until more steps arrive. ``data_wait``: an update was allowed, and
-its data was not ready. The rest is named after what runs."""
+its data was not ready. ``compile``: an update that is compiled while it runs. The rest is named
+after what runs."""
 
 
 class PhaseClock:

@@ -17,7 +17,8 @@ class LearnerConfig:
     """Trained steps T of every window."""
     mode: Literal["auto", "eager", "compile", "graph"] = "auto"
     """How the update runs: plain torch, torch.compile, or one captured CUDA graph; auto picks graph
-    on CUDA and eager on the CPU."""
+    on CUDA, and on the CPU compile for 1,500 updates and more where there is a C++ compiler, else
+    eager."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the large products; auto is bf16 on CUDA and fp32 on the CPU."""
     threads: int = 0

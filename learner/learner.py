@@ -298,7 +298,7 @@ class Learner:
 
     def _update(self) -> None:
         batch, seed = self.config.batch_size, self.facts.seed
-        with self.recorder.clock.during("update"):
+        with self.recorder.clock.during("compile" if self.step.compiling else "update"):
             self._generation = self.mirror.generation
             uniforms, starts = self.mirror.draw(seed, self.updates, batch)
             self.step(uniforms, starts, _mix(seed, self.updates))

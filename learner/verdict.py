@@ -24,6 +24,7 @@ CAUSES = {
     "replay": "replay",
     "limiter": "train-ratio limiter",
     "data_wait": "data wait",
+    "compile": "compiling",
     "learner": "learner",
     "publish": "weight publishing",
     "checkpoint": "checkpoints",
@@ -36,6 +37,7 @@ the server."""
 _LEARNER_SIDE = {
     "warmup": "warmup",
     "data_wait": "data_wait",
+    "compile": "compile",
     "update": "learner",
     "publish": "publish",
     "checkpoint": "checkpoint",
@@ -226,6 +228,8 @@ _ADVICE = {
     "smaller chunks, let them overlap",
     "data_wait": "decoding takes the learner's time: a cheaper --replay.codec, or fewer and larger "
     "chunks (--replay.chunk-steps)",
+    "compile": "the update is compiled, once, for a minute or two; --learner.mode eager begins at "
+    "once and is slower",
     "learner": "the learner is the limit: lower the train ratio or use a larger GPU",
     "publish": "publish less often (--learner.publish-every-s, --learner.publish-every-updates)",
     "checkpoint": "save less often (--learner.checkpoint-every-s), or to a faster disk",

@@ -237,7 +237,9 @@ class Container:
 
     def _environment(self) -> dict[str, str]:
         image = image_environment()
-        if not self.service.ours:
+        if self.service.ours:
+            image["CXX"] = "the-cpu-image-has-none"
+        else:
             image = {"PATH": f"/shim:{image['PATH']}", "HOME": "/tmp"}
         return {**image, **self.service.environment, "HOSTNAME": self.name}
 

@@ -13,7 +13,7 @@ import pytest
 from deploy.cli import main, parse_train
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config, with_values
 from deploy.launch import record_schema, replay_server
-from deploy.offline import require_columns, target_updates
+from deploy.offline import require_columns
 from deploy.presets import preset
 from deploy.probe import EnvFacts
 from dreamer.spaces import DiscreteAction, VectorSpec
@@ -194,8 +194,8 @@ def test_the_source_brings_environment_and_agent_unless_a_preset_is_named(tmp_pa
     other = parse_train(["--offline", str(tmp_path / "x"), "--preset", "v2-dmc-proprio"])
     assert (other.agent.name, other.env) == ("v2", "dmc:cheetah-run")
     assert other.environment.action_repeat == 4
-    assert target_updates(same) == 5
-    assert target_updates(other) == other.steps * 160 // (16 * 50)
+    assert same.target_updates == 5
+    assert other.target_updates == other.steps * 160 // (16 * 50)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def add(cluster: Any, **resources: float) -> Any:
 def start(cluster: Any, run: Path, *flags: str) -> subprocess.Popen[str]:
     """Start a small run on the cluster."""
     words = ["train", "--preset", "v3-cartpole", "--size", "debug", "--run-dir", str(run)]
-    words += ["--ray", cluster.address, "--device", "cpu", "--learner.threads", "1", *flags]
+    words += ["--ray", cluster.address, "--device", "cpu", "--learner.threads", "1"]
+    words += ["--learner.mode", "eager", *flags]
     return subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", *words],
         stdout=subprocess.PIPE,

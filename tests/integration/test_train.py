@@ -25,6 +25,8 @@ SMALL = (
     + ("--envs-per-actor", "2", "--learner.batch-size", "4", "--learner.batch-length", "16")
     + ("--replay.min-size-steps", "256", "--replay.chunk-steps", "16")
     + ("--learner.log-every-s", "0.5", "--learner.publish-every-s", "0.5")
+    # Runs without an end would be worth compiling for.
+    + ("--learner.mode", "eager")
 )
 EVALUATED = ("--eval.actors", "1", "--eval.episodes", "2", "--eval.every-s", "0.5")
 FOREVER = "10000000"

@@ -2,6 +2,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from dreamer.config import OptimConfig, V3Config
 from dreamer.presets import agent_config
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace, VectorSpec
 from learner.batch import make_batch
-from learner.step import WARM_UP, Mode, UpdateStep, resolve_mode
+from learner.step import COMPILE_PAYS, WARM_UP, Mode, UpdateStep, resolve_mode
 from replay_service import Column, Schema
 from replay_service.storage import DeviceStorage, window_rows
 
@@ -207,9 +208,23 @@ def test_equal_seeds_and_draws_give_equal_steps_whatever_happened_outside() -> N
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_the_mode_follows_the_device() -> None:
+def test_the_mode_follows_the_device_and_the_work_ahead(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert resolve_mode("auto", cpu) == "eager"
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "compile"
+    assert resolve_mode("auto", cpu, COMPILE_PAYS - 1) == resolve_mode("auto", cpu) == "eager"
+    (tmp_path / "Python.h").unlink()
+    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "eager"
+    (tmp_path / "Python.h").write_text("")
+    compiler.unlink()
+    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "eager"
     assert resolve_mode("auto", cuda) == "graph"
     assert resolve_mode("compile", cpu) == resolve_mode("compile", cuda) == "compile"
     assert resolve_mode("eager", cuda) == "eager"

@@ -65,6 +65,7 @@ def test_verdict_names_the_cause_its_share_and_what_to_do(
         ({"environments": 0.6, "update": 0.4}, {"replay": 0.6}, "replay", "server's CPU"),
         ({"settle": 0.6, "update": 0.4}, {}, "replay", "network"),
         ({"data_wait": 0.6, "update": 0.4}, {}, "data_wait", "codec"),
+        ({"compile": 0.6, "update": 0.4}, {}, "compile", "eager"),
         ({"publish": 0.6, "update": 0.4}, {}, "publish", "publish-every-s"),
         ({"checkpoint": 0.6, "update": 0.4}, {}, "checkpoint", "checkpoint-every-s"),
         ({"log": 0.4, "other": 0.3, "update": 0.3}, {}, "other", "log-every-s"),
