@@ -23,31 +23,21 @@ def make_latent(world: WorldConfig, std: Callable[[Tensor], Tensor]) -> Latent:
     return GaussianLatent(world.stoch, std)
 
 
-def centred_encoder(
-    space: ObsSpace, world: WorldConfig, style: Style, images: Style | None = None
-) -> Encoder:
-    """Return the encoder of DreamerV1 and V2, with valid padding; vectors enter as they are.
-
-    ``images`` is the style of the convolutions where it is another one.
-    """
+def centred_encoder(space: ObsSpace, world: WorldConfig, style: Style) -> Encoder:
+    """Return the encoder of DreamerV1 and V2, with valid padding; vectors enter as they are."""
 
     def tower(key: str, size: int, channels: int) -> nn.Module:
-        return valid_encoder(size, channels, world.depth, images or style)
+        return valid_encoder(size, channels, world.depth, style)
 
     layers, units = world.vector_layers, world.vector_units
     return Encoder(space, tower, layers, units, style=style, transform=lambda x: x)
 
 
-def centred_decoder(
-    space: ObsSpace, world: WorldConfig, inputs: int, style: Style, images: Style | None = None
-) -> Decoder:
-    """Return the decoder of DreamerV1 and V2: unit normals around centred images and vectors.
-
-    ``images`` is the style of the convolutions where it is another one.
-    """
+def centred_decoder(space: ObsSpace, world: WorldConfig, inputs: int, style: Style) -> Decoder:
+    """Return the decoder of DreamerV1 and V2: unit normals around centred images and vectors."""
 
     def tower(key: str, size: int, channels: int) -> nn.Module:
-        return valid_decoder(size, channels, inputs, world.depth, images or style)
+        return valid_decoder(size, channels, inputs, world.depth, style)
 
     layers, units = world.vector_layers, world.vector_units
     return Decoder(space, inputs, tower, layers, units, style=style, likelihood=UNIT_NORMAL)

@@ -133,8 +133,6 @@ LAYER_SILU = Style(LayerNorm, F.silu, False, fan_average_normal_, glorot_uniform
 """DreamerV3, January 2023."""
 PLAIN_ELU = Style(no_norm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV1, DreamerV2, DreamerPro."""
-PLAIN_RELU = PLAIN_ELU._replace(act=F.relu)
-"""Convolutions of DreamerV1."""
 LAYER_ELU = Style(LayerNorm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV2 on Crafter."""
 

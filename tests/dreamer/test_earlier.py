@@ -491,20 +491,6 @@ def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
     assert grad.any()
 
 
-@pytest.mark.parametrize(
-    ("name", "lowest"), [("v1", 0.0), ("v2", -1.0), ("pro", -1.0), ("v3-2023", -0.279)]
-)
-def test_convolutions_have_the_activation_of_their_paper(name: str, lowest: float) -> None:
-    # ReLU in V1 though its dense layers have ELU; ELU in V2 and Pro; SiLU in V3.
-    agent: Any = build(name, PIXELS | VECTOR)
-    towers = [agent.encoder.towers["64"]]
-    towers += [agent.decoder.towers["64"]] if agent.decoder is not None else []
-    for tower in towers:
-        assert tower.act(torch.linspace(-20, 0, 9000)).min() == pytest.approx(lowest, abs=1e-3)
-    if name != "v3-2023":
-        assert agent.encoder.mlp[0].act(torch.tensor(-20.0)) == pytest.approx(-1.0)
-
-
 def test_agents_are_evaluated_as_their_publications_do() -> None:
     greedy = {name for name, known in AGENTS.items() if known.config.evaluation == "greedy"}
     assert greedy == {"v1", "v2", "pro", "pro-v3", "r2", "infonce"}
