@@ -131,6 +131,8 @@ class V1Config(AgentConfig):
     """Optimisers."""
     cont: bool = False
     """Whether a head predicts the continuation; without it the discount is constant."""
+    rec_scale: float = 1.0
+    """Weight of the reconstruction; more where what matters is small in the observation."""
     cont_scale: float = 10.0
     """Weight of the continuation loss."""
     free_nats: float = 3.0
@@ -167,6 +169,8 @@ class V2Config(AgentConfig):
     """Optimisers."""
     cont: bool = True
     """Whether a head predicts the continuation; without it the discount is constant."""
+    rec_scale: float = 1.0
+    """Weight of the reconstruction; more where what matters is small in the observation."""
     cont_scale: float = 1.0
     """Weight of the continuation loss."""
     free_nats: float = 0.0
@@ -213,6 +217,8 @@ class V3Of2023Config(AgentConfig):
     """Optimisers."""
     free_nats: float = 1.0
     """KL below which neither dyn nor rep has a gradient, per replayed step."""
+    rec_scale: float = 1.0
+    """Weight of the reconstruction; more where what matters is small in the observation."""
     dyn_scale: float = 0.5
     """Weight of the KL that trains the prior."""
     rep_scale: float = 0.1

@@ -139,7 +139,9 @@ class DreamerV1(Agent):
 
     def scale(self, loss: str) -> float:
         """Return the weight of a loss."""
-        return {"kl": self.config.kl_scale, "con": self.config.cont_scale}.get(loss, 1.0)
+        config = self.config
+        weights = {"rec": config.rec_scale, "kl": config.kl_scale, "con": config.cont_scale}
+        return weights.get(loss, 1.0)
 
     def groups(self) -> list[Group]:
         """Return three groups; the model's gradient never comes from the behaviour."""

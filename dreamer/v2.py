@@ -169,6 +169,7 @@ class DreamerV2(Agent):
         """Return the weight of a loss."""
         config = self.config
         weights = {
+            "rec": config.rec_scale,
             "con": config.cont_scale,
             "dyn": config.kl_scale * config.kl_balance,
             "rep": config.kl_scale * (1.0 - config.kl_balance),

@@ -162,7 +162,9 @@ class DreamerV3Of2023(Agent):
 
     def scale(self, loss: str) -> float:
         """Return the weight of a loss."""
-        return {"dyn": self.config.dyn_scale, "rep": self.config.rep_scale}.get(loss, 1.0)
+        config = self.config
+        weights = {"rec": config.rec_scale, "dyn": config.dyn_scale, "rep": config.rep_scale}
+        return weights.get(loss, 1.0)
 
     def groups(self) -> list[Group]:
         """Return three groups; the model's gradient never comes from the behaviour."""

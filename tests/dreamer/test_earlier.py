@@ -264,6 +264,18 @@ def test_dyn_trains_the_prior_and_rep_the_posterior(name: str) -> None:
     assert prior is not None and prior.any()
 
 
+@pytest.mark.parametrize("name", ["v1", "v2", "v3-2023"])
+def test_reconstruction_weighs_what_it_is_told_and_nothing_else_changes(name: str) -> None:
+    found = []
+    for weight in (1.0, 20.0):
+        torch.manual_seed(0)
+        agent = build(name, rec_scale=weight)
+        found.append(agent.update(batch_of(agent))[0])
+    light, heavy = found
+    close(heavy["grad_norm/decoder"], 20.0 * light["grad_norm/decoder"], rtol=1e-3)
+    close(heavy["grad_norm/reward"], light["grad_norm/reward"], rtol=1e-3)
+
+
 def test_one_kl_trains_both_in_v1_and_stops_below_its_free_nats() -> None:
     agent = build("v1", free_nats=0.0)
     losses, rollout, _ = losses_of(agent, batch_of(agent))
