@@ -14,7 +14,7 @@ _CARTPOLE = {
     name: value
     for name, value in V3_PRESETS["v3-cartpole"].values.items()
     if not name.startswith("agent.")
-} | {"replay.online": False}
+} | {"replay.online": False, "train_ratio": 80.0}
 _FAST = {
     "agent.optim.model_lr": 1e-3,
     "agent.optim.actor_lr": 3e-4,
