@@ -9,9 +9,12 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dreamer", "replay_service", "actors", "learner", "deploy", "benchmarks")
@@ -265,6 +268,35 @@ def test_every_dependency_is_pinned_without_a_local_suffix() -> None:
         name = re.split(r"[\[<>=!~ ]", requirement)[0].lower().replace("_", "-")
         assert name in pins, f"{name} is not pinned in constraints.txt"
     assert not [version for version in pins.values() if "+" in version]
+
+
+def test_everything_that_comes_along_is_pinned_at_what_is_installed() -> None:
+    pins = dict(
+        re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower())
+    )
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    found: dict[str, str] = {}
+    ahead = [("dreamfleet", extra) for extra in ("", *extras)]
+    seen = set(ahead)
+    of_cuda = ("nvidia-", "cuda-", "triton")  # torch's wheel for GPUs pins these itself
+    while ahead:
+        name, extra = ahead.pop()
+        package = distribution(name)
+        found[name] = package.version.partition("+")[0]
+        for requirement in map(Requirement, package.requires or []):
+            if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+                continue
+            new = {
+                (canonicalize_name(requirement.name), more) for more in ("", *requirement.extras)
+            }
+            ahead += [one for one in new - seen if not one[0].startswith(of_cuda)]
+            seen |= new
+    del found["dreamfleet"]
+    assert len(found) > 100
+    assert {name: pins.get(name) for name in found} == found
 
 
 def test_constraints_name_no_index_and_no_folder() -> None:
