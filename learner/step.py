@@ -6,6 +6,7 @@ sets 2·B numbers and replays it.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sysconfig
@@ -20,6 +21,8 @@ from torch import Tensor
 from dreamer.agent import Agent
 from learner.batch import make_batch
 from replay_service import storage
+
+log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "eager", "compile", "graph"]
 
@@ -260,6 +263,32 @@ def resolve_mode(mode: Mode, device: torch.device, updates: int = 0) -> Mode:
 
 
 def can_compile() -> bool:
-    """Whether what torch.compile needs on a CPU is there: a C++ compiler and Python's headers."""
+    """Whether torch.compile works on this machine's CPU; logs why if not, in one line.
+
+    A C++ compiler and Python's headers must be there, and one trivial function must compile: with a
+    compiler that does not work every part of the agent would fail, each with pages of warnings.
+    """
+    name = os.environ.get("CXX", "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return shutil.which(os.environ.get("CXX", "g++")) is not None and headers.exists()
+    if shutil.which(name) is None:
+        reason = f"there is no C++ compiler {name!r}"
+    elif not headers.exists():
+        reason = f"there is no {headers}, Debian's python3-dev"
+    else:
+        reason = _trial()
+    if reason:
+        log.warning("updates_not_compiled mode=eager reason=%s", reason)
+    return not reason
+
+
+def _trial() -> str:
+    """Compile one function that no cache has; return why it failed, empty if it did not."""
+    number = int.from_bytes(os.urandom(4))
+    try:
+        torch.compile(lambda x: x + number)(torch.zeros(8))
+    # Whatever the compiler, its caches or torch raise means the same: go on without.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        telling = [line for line in lines if "error:" in line] or lines
+        return f"{type(error).__name__}: {' '.join(telling[:1])[:300]}"
+    return ""

@@ -1,5 +1,8 @@
 import copy
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from learner.step import COMPILE_PAYS, WARM_UP, Mode, UpdateStep, resolve_mode
 from replay_service import Column, Schema
 from replay_service.storage import DeviceStorage, window_rows
 
+ROOT = Path(__file__).parents[2]
 OBS: ObsSpace = {"image": ImageSpec(shape=(16, 16, 1)), "vector": VectorSpec(shape=(3,))}
 ACTIONS: ActionSpace = {
     "action.turn": DiscreteAction(classes=3),
@@ -208,26 +212,69 @@ def test_equal_seeds_and_draws_give_equal_steps_whatever_happened_outside() -> N
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_the_mode_follows_the_device_and_the_work_ahead(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_mode_follows_the_device_and_the_work_ahead() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
-    (tmp_path / "Python.h").write_text("")
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "compile"
     assert resolve_mode("auto", cpu, COMPILE_PAYS - 1) == resolve_mode("auto", cpu) == "eager"
-    (tmp_path / "Python.h").unlink()
-    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "eager"
-    (tmp_path / "Python.h").write_text("")
-    compiler.unlink()
-    assert resolve_mode("auto", cpu, COMPILE_PAYS) == "eager"
     assert resolve_mode("auto", cuda) == "graph"
     assert resolve_mode("compile", cpu) == resolve_mode("compile", cuda) == "compile"
     assert resolve_mode("eager", cuda) == "eager"
+
+
+def test_without_the_headers_of_python_nothing_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert resolve_mode("auto", torch.device("cpu"), COMPILE_PAYS) == "eager"
+    assert "python3-dev" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_a_long_run_on_a_cpu_compiles() -> None:
+    assert resolve_mode("auto", torch.device("cpu"), COMPILE_PAYS) == "compile"
+
+
+BROKEN = """#!/bin/sh
+case " $* " in *" --version "*) exec g++ --version ;; esac
+echo "x.cpp:1:1: error: this compiler is broken" >&2
+exit 1
+"""
+LONG_RUN = """
+import logging, torch
+logging.basicConfig()
+from learner.step import COMPILE_PAYS, resolve_mode
+print(resolve_mode("auto", torch.device("cpu"), COMPILE_PAYS))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("/nowhere/c++", "there is no C++ compiler '/nowhere/c++'"),
+        ("/bin/false", "No working C++ compiler found"),
+        ("BROKEN", "error: this compiler is broken"),
+    ],
+)
+def test_a_compiler_that_does_not_work_is_one_line_and_the_run_is_eager(
+    compiler: str, reason: str, tmp_path: Path
+) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text(BROKEN)
+    broken.chmod(0o700)
+    # Torch reads the name of the compiler once per process.
+    done = subprocess.run(
+        [sys.executable, "-c", LONG_RUN],
+        cwd=ROOT,
+        env={**os.environ, "CXX": compiler.replace("BROKEN", str(broken))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (said,) = done.stderr.splitlines()
+    assert done.stdout == "eager\n" and done.returncode == 0, said
+    assert "updates_not_compiled mode=eager reason=" in said and reason in said
+    assert len(said) < 500
 
 
 def test_a_graph_without_cuda_is_refused() -> None:
