@@ -55,7 +55,9 @@ def translate(error: Exception, address: str, function: str = "") -> ReplayError
         return ReplayConfigError(
             f"the server at {address} lacks a command of Redis 7.0 that replay needs: {error}"
         )
-    return ReplayUnavailable(f"the server at {address} cannot be used: {error}")
+    what = str(error).rstrip(".")
+    hint = "; is it running, and is this its address?" if "connecting to" in what else ""
+    return ReplayUnavailable(f"the server at {address} cannot be used: {what}{hint}")
 
 
 def _words_after(code: str, error: Exception) -> str:

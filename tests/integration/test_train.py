@@ -224,7 +224,8 @@ def test_a_corrupt_newest_checkpoint_is_said_and_the_previous_one_used(start) ->
     "flags, words",
     [
         (("--env", "NoSuchEnv-v0"), "NoSuchEnv"),
-        (("--redis", "redis://127.0.0.1:1"), "127.0.0.1:1"),
+        (("--redis", "redis://127.0.0.1:1"), "Connection refused; is it running, and is this its"),
+        (("--ray", "127.0.0.1:1"), "nothing answers at --ray 127.0.0.1:1"),
         (("--device", "cuda:7"), "--device cuda:7 is not there"),
         (("--replay.capacity-steps", "1000000000000"), "capacity"),
     ],
