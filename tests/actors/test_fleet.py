@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from actors.metrics import FleetMetrics
 from actors.weights import HubSource
 from dreamer.weights import pack
 from replay_service import ReplayClient
+from replay_service.discovery import LIVE_S
+from replay_service.endpoint import MetricsEndpoint
+from replay_service.exporter import ReplayMetrics, ReplayService, ReplayWatch
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -104,6 +109,38 @@ def test_killed_and_stopped_actors_are_replaced_and_nothing_is_left(
     ended = fleet.stop(drain_s=10.0)
     assert [actor["state"] for actor in ended] == ["stopped", "stopped"]
     assert not psutil.wait_procs(processes, timeout=10.0)[1]
+
+
+def test_killed_actor_leaves_the_list_of_metrics_and_its_successor_enters_it(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet]
+) -> None:
+    watch, registry = ReplayWatch(client.url), CollectorRegistry()
+    registry.register(ReplayMetrics(watch))
+    endpoint = MetricsEndpoint(registry, pages=ReplayService(watch).pages())
+
+    def listed() -> set[str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{endpoint.port}/sd", timeout=5.0) as answer:
+            return {address for one in json.load(answer) for address in one["targets"]}
+
+    def serving(fleet: Fleet) -> set[str]:
+        return {f"127.0.0.1:{actor['metrics_port']}" for actor in fleet.stats()}
+
+    try:
+        fleet = launch(fleets, source, make_spec(client, envs=1))
+        until(lambda: states(fleet) == ["acting", "acting"])
+        before, victim = serving(fleet), fleet.stats()[0]
+        until(lambda: listed() == before)
+        dead = f"127.0.0.1:{victim['metrics_port']}"
+        os.kill(victim["pid"], signal.SIGKILL)
+        # Nobody takes the entry out: it is too old, by the server's clock.
+        until(lambda: dead not in listed(), LIVE_S + 30.0)
+        until(lambda: states(fleet) == ["acting", "acting"])
+        assert fleet.stats()[0]["life"] == 1 and dead not in serving(fleet)
+        until(lambda: listed() == serving(fleet))
+        assert len(serving(fleet) & before) == 1
+    finally:
+        endpoint.close()
+        watch.close()
 
 
 def test_environment_that_cannot_be_made_fails_fast_with_its_message(
