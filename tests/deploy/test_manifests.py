@@ -190,9 +190,15 @@ def test_replay_service_of_kubernetes_lists_what_prometheus_scrapes() -> None:
     assert words[:3] == ["dreamfleet", "replay", "serve"]
     given = tyro.cli(ReplayServeOptions, args=words[3:])
     name, port = service["metadata"]["name"], service["spec"]["ports"][0]["port"]
-    assert given.listen == f"0.0.0.0:{port}" and given.host == name
+    assert given.listen == f"0.0.0.0:{port}"
+    # Prometheus is in a namespace of its own: a bare name would be looked for there.
+    assert given.host == f"{name}.$(NAMESPACE).svc"
+    (field,) = [entry for entry in container["env"] if entry["name"] == "NAMESPACE"]
+    assert field["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.namespace"
     scrape = one("podmonitor.yaml", "ScrapeConfig")["spec"]
-    assert [each["url"] for each in scrape["httpSDConfigs"]] == [f"http://{name}:{port}/sd"]
+    assert [each["url"] for each in scrape["httpSDConfigs"]] == [
+        f"http://{name}.default.svc:{port}/sd"
+    ]
     assert scrape["authorization"]["credentials"]["key"] == "metrics.token"
     assert str(given.token_file) == "/run/secrets/metrics.token"
     held = {item["key"] for item in spec["volumes"][0]["secret"]["items"]}
