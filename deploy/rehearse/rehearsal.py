@@ -146,8 +146,8 @@ class Rehearsal:
     def await_targets(self) -> dict[str, str]:
         """Wait until Prometheus has scraped every target that it knows; {job instance: health}."""
         targets: dict[str, str] = {}
-        # They are in the list of the replay service once they have entered themselves; an actor
-        # carries its role in its metrics.
+        # They are in the list of the replay service once they have entered themselves; an actor has
+        # no role there, but in its metrics.
         roles = {"replay", "learner", ""} if "dreamfleet" in self.expected_jobs else set[str]()
 
         def all_up() -> bool:
@@ -158,7 +158,8 @@ class Rehearsal:
                 labels = target["labels"]
                 if labels.get("job") not in self.expected_jobs:
                     continue
-                seen.add(labels.get("role", ""))
+                if labels["job"] == "dreamfleet":
+                    seen.add(labels.get("role", ""))
                 name = f"{labels.get('job')} {labels.get('instance')}"
                 targets[name] = target["health"] + (f" {target['lastError']}"[:200]).rstrip()
             jobs = {name.split()[0] for name in targets}

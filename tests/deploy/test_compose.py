@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deploy.cli import parse_train
 
@@ -120,6 +121,28 @@ def test_nothing_is_published_beyond_this_machine_and_redis_not_at_all(
     assert set().union(*published.values()) == {LOOPBACK}
     assert set(services["redis"]["networks"]) == {"data"}
     assert everything["networks"]["data"]["internal"]
+
+
+def test_prometheus_asks_every_service_that_has_metrics(everything: dict[str, Any]) -> None:
+    text = (ROOT / "deploy/prometheus/prometheus.yml").read_text()
+    asked: dict[str, set[str]] = {}
+    for job in yaml.safe_load(text)["scrape_configs"]:
+        places = [place for one in job.get("static_configs", []) for place in one["targets"]]
+        places += [one["url"] for one in job.get("http_sd_configs", [])]
+        places += [name for one in job.get("dns_sd_configs", []) for name in one["names"]]
+        hosts = (re.match(r"(?:http://)?([\w.-]+)", place) for place in places)
+        asked[job["job_name"]] = {host[1] for host in hosts if host}
+    # learner and actors are in the replay service's list, Ray's nodes in the head's
+    assert asked == {
+        "prometheus": {LOOPBACK},
+        "redis": {"redis-exporter"},
+        "ray": {"ray-head"},
+        "dcgm": {"dcgm-exporter"},
+        "dreamfleet": {"replay"},
+    }
+    networks = set(everything["services"]["prometheus"]["networks"])
+    for host in set().union(*asked.values()) - {LOOPBACK}:
+        assert networks & set(everything["services"][host]["networks"]), host
 
 
 def test_images_are_pinned(everything: dict[str, Any]) -> None:
