@@ -272,6 +272,7 @@ class Learner:
         self.recorder.exporter.update(
             {
                 "checkpoint_seconds": time.monotonic() - begin,
+                "checkpoint_bytes": sum(file.stat().st_size for file in path.iterdir()),
                 "checkpoint_last_success_timestamp_seconds": time.time(),
             },
             {},

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
@@ -39,6 +43,26 @@ class Board:
         self._writer.close()
 
 
+class GpuMemory(Collector):
+    """Memory of the current GPU that torch has, read when it is asked for; nothing on a CPU.
+
+    Only torch's own counters are read: calls to the driver would disturb a graph being captured.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the gauge."""
+        gauge = GaugeMetricFamily(
+            "dreamer_gpu_memory_bytes",
+            "Memory of the learner's GPU: allocated, reserved from the driver, most allocated.",
+            labels=("kind",),
+        )
+        if torch.cuda.is_initialized():
+            gauge.add_metric(("allocated",), torch.cuda.memory_allocated())
+            gauge.add_metric(("reserved",), torch.cuda.memory_reserved())
+            gauge.add_metric(("peak",), torch.cuda.max_memory_allocated())
+        yield gauge
+
+
 class Exporter:
     """Prometheus metrics of the learner, on the loopback interface unless told otherwise."""
 
@@ -47,7 +71,8 @@ class Exporter:
         self._seen: dict[str, float] = {}
         self._endpoint: MetricsEndpoint | None = None
         info = Info("dreamer_build", "What runs here.", registry=self.registry)
-        info.info({"config_hash": config_hash})
+        info.info({"config_hash": config_hash, "version": _version()})
+        self.registry.register(GpuMemory())
         self._gauges = {name: self._gauge(name, text) for name, text in _GAUGES.items()}
         self._counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
         self._phase = self._counter(
@@ -113,6 +138,13 @@ class Exporter:
         return Counter(f"dreamer_{name}", text, labels or [], registry=self.registry)
 
 
+def _version() -> str:
+    try:
+        return version("dreamfleet")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 _GAUGES = {
     "replay_size_steps": "Steps that the mirror holds.",
     "replay_ratio_target": "Replayed steps per inserted step that the limiter keeps.",
@@ -132,6 +164,7 @@ _GAUGES = {
     "bound_actors_wanted": "More actors that would keep the learner busy, if it waits for them.",
     "checkpoint_last_success_timestamp_seconds": "When the last checkpoint was completed.",
     "checkpoint_seconds": "Duration of the last checkpoint.",
+    "checkpoint_bytes": "Size of the last checkpoint.",
     "publish_seconds": "Duration of the last publication.",
     "weights_bytes": "Size of the last weights published.",
 }

@@ -1,7 +1,9 @@
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,7 +33,10 @@ def test_the_endpoint_serves_gauges_and_counters() -> None:
     assert found["dreamer_loss/rec"] == 1.5
     assert found["dreamer_train_metric/entropy_nats"] == pytest.approx(0.7)
     assert found["dreamer_step_seconds_total/update"] == 2.5
-    assert found["dreamer_build_info/abc"] == 1
+    assert found[f"dreamer_build_info/abc/{version('dreamfleet')}"] == 1
+    # Of the GPU's memory there is nothing to say until torch uses one.
+    memory = {name for name in found if name.startswith("dreamer_gpu_memory_bytes")}
+    assert bool(memory) == torch.cuda.is_initialized()
 
 
 def test_a_port_in_use_is_an_error() -> None:
