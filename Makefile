@@ -16,10 +16,10 @@ SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast test-faults bench secrets images up down logs rehearse dashboards dashboards-preview clean
+.PHONY: help setup train test lint type test-fast test-faults bench secrets images images-without-docker up down logs rehearse dashboards dashboards-preview clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(DEV_STAMP) ## install everything for development into .venv
 
@@ -51,6 +51,9 @@ secrets: $(if $(wildcard $(DEV_STAMP)),$(DEV_STAMP),$(RUN_STAMP)) ## passwords, 
 
 images: ## build the images that docker compose runs
 	$(COMPOSE) build $(ARGS)
+
+images-without-docker: ## build the CPU image with Buildah, as root, and run doctor in it (ARGS for `buildah bud`)
+	deploy/docker/buildah.sh $(ARGS)
 
 up: secrets ## start everything with docker compose (SCALE=3 for three nodes of actors)
 	$(COMPOSE) up --detach --wait --scale actors=$(SCALE)

@@ -217,6 +217,19 @@ def test_dockerfile_passes_hadolint() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_without_docker_the_image_is_built_by_buildah_or_the_message_says_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    words = ["make", "-n", "images-without-docker", "ARGS=--layers"]
+    asked = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert asked.stdout.split() == ["deploy/docker/buildah.sh", "--layers"]
+    script = str(ROOT / "deploy/docker/buildah.sh")
+    done = subprocess.run(
+        [script], env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "buildah is not installed" in done.stderr
+
+
 def test_everything_that_the_image_copies_is_in_its_context() -> None:
     kept = set(re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
     copied: set[str] = set()
