@@ -96,6 +96,8 @@ class Container:
         self._process: subprocess.Popen[str] | None = None
         self._log: TextIO | None = None
         self.started_at = 0.0
+        self.stuck = ""
+        """What still ran when it had to be killed."""
         (directory / "root").mkdir(parents=True)
 
     @property
@@ -180,6 +182,7 @@ class Container:
             try:
                 self._process.wait(self.service.stop_grace_s)
             except subprocess.TimeoutExpired:
+                self.stuck = _states(inner)
                 self.kill()
         if self._log is not None:
             self._log.close()
@@ -218,9 +221,11 @@ class Container:
         command(*inside, "ip", "link", "set", "lo", "up")
         for index, (network, address) in enumerate(self.addresses.items()):
             here, there = f"v{pid}-{index}", f"eth{index}"
-            command(
-                "ip", "link", "add", here, "type", "veth", "peer", "name", there, "netns", str(pid)
-            )
+            # As Docker's, the link's address follows from the network's: to one that is new after
+            # every start the others would send into the void until their caches are too old.
+            link = "02:42:" + ":".join(f"{int(part):02x}" for part in address.split("."))
+            peer = ["peer", "name", there, "address", link, "netns", str(pid)]
+            command("ip", "link", "add", here, "type", "veth", *peer)
             command("ip", "link", "set", here, "master", bridges[network], "up")
             command(*inside, "ip", "addr", "add", f"{address}/24", "dev", there)
             command(*inside, "ip", "link", "set", there, "up")
@@ -282,6 +287,18 @@ def command(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=START_TIMEOUT_S)
     if done.returncode:
         raise RehearsalError(f"{' '.join(words)}: {done.stderr.strip()}")
+
+
+def _states(first: psutil.Process) -> str:
+    """Return what a process and those below it do, as the kernel says it."""
+    found = []
+    try:
+        for process in [first, *first.children(recursive=True)]:
+            waits = Path(f"/proc/{process.pid}/wchan").read_text()
+            found.append(f"{process.name()} {process.status()} {waits}")
+    except (psutil.Error, OSError):
+        found.append("one that has just ended")
+    return ", ".join(found)
 
 
 def _network_of(pid: int) -> int:

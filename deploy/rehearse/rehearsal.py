@@ -268,6 +268,8 @@ class Rehearsal:
             if watched.watcher is not None:
                 watched.watcher.join(60.0)
             codes[name] = watched.container.stop()
+            if watched.container.stuck:
+                say(f"{name} was killed after its grace: {watched.container.stuck}")
         return codes
 
     def troubles(self) -> str:
