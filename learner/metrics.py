@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -74,6 +75,9 @@ class Exporter:
         info.info({"config_hash": config_hash, "version": _version()})
         self.registry.register(GpuMemory())
         self._gauges = {name: self._gauge(name, text) for name, text in _GAUGES.items()}
+        for name in ("episode_return", "eval_return"):
+            # 0 is a return like any other: until there is one, curves have nothing to draw.
+            self._gauges[name].set(math.nan)
         self._counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
         self._phase = self._counter(
             "step_seconds", "Wall-clock seconds of the learner, by what it did.", ["phase"]

@@ -1,3 +1,4 @@
+import math
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
@@ -22,13 +23,15 @@ def test_the_endpoint_serves_gauges_and_counters() -> None:
     port = exporter.serve(0)
     try:
         for total in (5, 9):
-            exporter.update({"fence": 2}, {"updates": total})
+            exporter.update({"fence": 2, "episode_return": 0.0}, {"updates": total})
         exporter.train({"loss/rec": 1.5, "entropy_nats": 0.7})
         exporter.phases(dict.fromkeys(PHASES, 0.0) | {"update": 2.5})
         found = scrape(port)
     finally:
         exporter.close()
     assert found["dreamer_fence"] == 2
+    assert found["dreamer_episode_return"] == 0.0
+    assert math.isnan(found["dreamer_eval_return"])  # no episode yet, which is not 0
     assert found["dreamer_updates_total"] == 9
     assert found["dreamer_loss/rec"] == 1.5
     assert found["dreamer_train_metric/entropy_nats"] == pytest.approx(0.7)
