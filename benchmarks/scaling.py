@@ -8,9 +8,11 @@ ratio work together. `python -m benchmarks.scaling --help`.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+import psutil
 import torch
 import tyro
 
@@ -28,6 +31,7 @@ from actors.envs import EnvConfig, env_spaces
 from actors.fleet import Fleet, Supervision
 from actors.hub import sender, start_hub
 from actors.weights import HubSource
+from deploy import cluster as cluster_module
 from deploy.cluster import ray_cluster
 from deploy.sentinel import Sentinel
 from dreamer.config import V3Config
@@ -56,6 +60,7 @@ _CALM_S, _FILL_S = 1.0, 15.0
 """Seconds before a measurement, without and with a limit: until then what exceeds it goes into the
 actors' rings of chunks that wait to be sent."""
 _AHEAD = 1_000_000
+_STORE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class ScalingOptions:
     """Numbers of actors, growing; each has one environment."""
     seconds: float = 20.0
     """Length of each measurement."""
+    nodes: int = 1
+    """Ray nodes on this machine, each a raylet with its own store of objects; actors are spread."""
     json: Path | None = None
     """File for the numbers."""
 
@@ -75,6 +82,8 @@ class ScalingOptions:
             raise ValueError(f"--actors must be growing numbers from 1 on, got {self.actors}")
         if not self.seconds > 0:
             raise ValueError(f"--seconds must be above 0, got {self.seconds}")
+        if self.nodes < 1:
+            raise ValueError(f"--nodes must be 1 or more, got {self.nodes}")
 
 
 class Nap(gymnasium.Env[Any, Any]):
@@ -156,7 +165,11 @@ class PacedLearner:
 
 
 def run(
-    *, quick: bool = False, counts: tuple[int, ...] = COUNTS, seconds: float = 20.0
+    *,
+    quick: bool = False,
+    counts: tuple[int, ...] = COUNTS,
+    seconds: float = 20.0,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """Measure both sweeps; blocks for about ten minutes, most of which is the start of actors.
 
@@ -164,32 +177,39 @@ def run(
         quick: one and two actors for a second.
         counts: numbers of actors, growing.
         seconds: of each measurement.
+        nodes: Ray nodes on this machine.
 
     Returns:
-        {"nap_s", "load", "rows": [{limited, actors, env_steps_per_s, ideal, limiter_share,
-        updates_per_s}]}; `limiter_share` is the share of the actors' time that inserts waited for
-        training, `load` the machine's at the beginning.
+        {"nap_s", "load", "nodes", "rows": [{limited, actors, by_node, env_steps_per_s, ideal,
+        limiter_share, updates_per_s}]}; `limiter_share` is the share of the actors' time that
+        inserts waited for training, `load` the machine's at the beginning, `by_node` how many
+        actors each node has.
     """
     if quick:
         counts, seconds = (1, 2), 1.0
     load, rows = os.getloadavg()[0], list[dict[str, Any]]()
     for limited in (False, True):
         with tempfile.TemporaryDirectory(prefix="dreamfleet-bench-") as folder:
-            rows += _sweep(Path(folder), limited, counts, seconds, quick)
-    return {"nap_s": NAP_S, "load": load, "pays_for": UPDATES_PER_S * BATCH_STEPS / RATIO} | {
-        "rows": rows
+            rows += _sweep(Path(folder), limited, counts, seconds, quick, nodes)
+    return {
+        "nap_s": NAP_S,
+        "load": load,
+        "nodes": nodes,
+        "pays_for": UPDATES_PER_S * BATCH_STEPS / RATIO,
+        "rows": rows,
     }
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
     """Return header and rows of the result as text."""
-    rows = [["train ratio", "actors", "env steps/s", "of ideal", "limiter", "updates/s"]]
+    rows = [["train ratio", "actors", "by node", "env steps/s", "of ideal", "limiter", "updates/s"]]
     for row in result["rows"]:
         share = row["env_steps_per_s"] / row["ideal"]
         rows.append(
             [
                 f"{RATIO}" if row["limited"] else "off",
                 str(row["actors"]),
+                " ".join(map(str, row["by_node"])),
                 f"{row['env_steps_per_s']:,.0f}",
                 f"{share:.0%}",
                 f"{row['limiter_share']:.0%}",
@@ -200,7 +220,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _sweep(
-    folder: Path, limited: bool, counts: tuple[int, ...], seconds: float, quick: bool
+    folder: Path, limited: bool, counts: tuple[int, ...], seconds: float, quick: bool, nodes: int
 ) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         client, schema = stack.enter_context(_replay(folder))
@@ -208,14 +228,14 @@ def _sweep(
         learner = PacedLearner(client, limiter)
         stack.callback(learner.stop)
         sentinel = stack.enter_context(Sentinel())
-        stack.enter_context(ray_cluster("local", cpus=max(counts) + 1, sentinel=sentinel))
+        stack.enter_context(several_nodes(nodes, max(counts) + 1, sentinel))
         hub = start_hub()
         sender(hub)(pack({"w": torch.zeros(1)}, (1, 0)))
         fleet = Fleet(
             _spec(client, schema),
             HubSource(hub),
             actors=counts[0],
-            supervision=Supervision(cpus_per_actor=0.0, start_timeout_s=_START_S),
+            supervision=Supervision(cpus_per_actor=float(nodes > 1), start_timeout_s=_START_S),
         )
         stack.callback(fleet.stop, 0.0)
         fleet.start()
@@ -225,8 +245,41 @@ def _sweep(
             yield _measure(fleet, client, learner, seconds) | {
                 "limited": limited,
                 "actors": actors,
+                "by_node": _by_node(fleet),
                 "ideal": actors / NAP_S,
             }
+
+
+@contextmanager
+def several_nodes(nodes: int, cpus: int, sentinel: Sentinel) -> Iterator[None]:
+    """Start a private Ray, of several raylets if asked for; each has its share of the CPUs.
+
+    They are one machine's: what they share are processors, what they do not is memory for objects.
+    """
+    if nodes == 1:
+        with ray_cluster("local", cpus=cpus, sentinel=sentinel):
+            yield
+        return
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    cluster_module._set_environment(token, loopback=False)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    try:
+        for _ in range(nodes):
+            share = -(-cpus // nodes)
+            cluster.add_node(num_cpus=share, object_store_memory=_STORE_BYTES)
+        cluster.wait_for_nodes(_START_S)
+        with ray_cluster(cluster.address, cpus=cpus, sentinel=sentinel):
+            yield
+    finally:
+        cluster.shutdown()
+
+
+def _by_node(fleet: Fleet) -> list[int]:
+    """Return how many actors each node has: its raylet is the parent of their processes."""
+    parents = Counter(psutil.Process(actor["pid"]).ppid() for actor in fleet.stats())
+    return sorted(parents.values(), reverse=True)
 
 
 def _settle_down(fleet: Fleet, actors: int, calm_s: float) -> None:
@@ -318,7 +371,7 @@ def main() -> None:
     from deploy.bench import report
 
     options = tyro.cli(ScalingOptions, description=ScalingOptions.__doc__)
-    result = run(counts=options.actors, seconds=options.seconds)
+    result = run(counts=options.actors, seconds=options.seconds, nodes=options.nodes)
     report("scaling", result, table(result), options.json)
 
 

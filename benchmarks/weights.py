@@ -20,7 +20,8 @@ import torch
 import tyro
 
 from actors.hub import sender, start_hub
-from deploy.cluster import ray_cluster
+from benchmarks.scaling import several_nodes
+from deploy.cluster import this_node
 from deploy.sentinel import Sentinel
 from dreamer.agent import make_agent
 from dreamer.presets import agent_config, sized
@@ -44,13 +45,16 @@ class WeightsOptions:
     """Numbers of readers, growing."""
     rounds: int = ROUNDS
     """Publications of each size; medians are shown."""
+    nodes: int = 1
+    """Ray nodes on this machine, each with its own store of objects; readers are spread."""
     json: Path | None = None
     """File for the numbers."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or not self.readers or min(self.readers) < 1:
+        if min(self.rounds, self.nodes) < 1 or not self.readers or min(self.readers) < 1:
             raise ValueError(
-                f"--rounds and --readers must be 1 or more, got {self.rounds} and {self.readers}"
+                "--rounds, --nodes and --readers must be 1 or more, got "
+                f"{self.rounds}, {self.nodes} and {self.readers}"
             )
 
 
@@ -60,34 +64,37 @@ def run(
     sizes: tuple[str, ...] = SIZES,
     readers: tuple[int, ...] = READERS,
     rounds: int = ROUNDS,
+    nodes: int = 1,
 ) -> dict[str, Any]:
     """Measure every size with every number of readers; blocks for a few minutes.
 
     Args:
         quick: one size, one and two readers, one round.
-        sizes, readers, rounds: see `WeightsOptions`.
+        sizes, readers, rounds, nodes: see `WeightsOptions`.
 
     Returns:
-        {"load", "rows": [{size, megabytes, readers, via, publish_ms, all_ms, polls}]}: medians of
-        the time until the hub had answered the learner, of the time from the beginning of the
-        publication until the last reader had touched all of it, and how often the hub was asked
-        per publication. `via` is hub or node: readers ask the hub, or one cache on their node that
-        asks it for them. The load is the machine's at the beginning.
+        {"load", "nodes", "rows": [{size, megabytes, readers, via, publish_ms, all_ms, polls}]}:
+        medians of the time until the hub had answered the learner, of the time from the beginning
+        of the publication until the last reader had touched all of it, and how often the hub was
+        asked per publication. `via` is hub or node: readers ask the hub, or one cache on their
+        node that asks it for them. The load is the machine's at the beginning.
     """
     if quick:
         sizes, readers, rounds = sizes[:1], (1, 2), 1
     rows: list[dict[str, Any]] = []
     load = os.getloadavg()[0]
-    with Sentinel() as sentinel, ray_cluster("local", cpus=1, sentinel=sentinel):
+    # On one node readers take nothing, so that there is room for any number.
+    cpus = 1 if nodes == 1 else max(readers) + nodes
+    with Sentinel() as sentinel, several_nodes(nodes, cpus, sentinel):
         waiting: list[Any] = []
         for count in readers:
-            waiting += [_reader() for _ in range(count - len(waiting))]
+            waiting += [_reader(nodes > 1) for _ in range(count - len(waiting))]
             ray.get([reader.listen.remote(None) for reader in waiting], timeout=ANSWER_S)
             for size in sizes:
-                for via in ("hub", "node"):
+                for via in ("hub", "node") if nodes == 1 else ("hub",):
                     facts = {"size": size, "readers": count, "via": via}
                     rows.append(facts | _measure(policy_bytes(size), waiting, via, rounds))
-    return {"load": load, "rows": rows}
+    return {"load": load, "nodes": nodes, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
@@ -120,7 +127,7 @@ def policy_bytes(size: str) -> int:
 
 
 def _measure(size: int, readers: list[Any], via: str, rounds: int) -> dict[str, Any]:
-    hub = start_hub()
+    hub = start_hub(resources=this_node())  # with the learner, as in a run
     ask = hub if via == "hub" else _cache(hub)
     ray.get([reader.listen.remote([ask]) for reader in readers], timeout=ANSWER_S)
     send, buffer = sender(hub, ANSWER_S), np.ones(size, np.uint8)
@@ -149,7 +156,7 @@ def _measure(size: int, readers: list[Any], via: str, rounds: int) -> dict[str, 
     }
 
 
-def _reader() -> Any:
+def _reader(spread: bool) -> Any:
     # Defined here, so that Ray sends the class itself and readers load nothing but numpy.
     class Reader:
         def __init__(self) -> None:
@@ -189,7 +196,10 @@ def _reader() -> Any:
                     self._seen_at[version[1]] = time.monotonic()
                     self._changed.notify_all()
 
-    return ray.remote(Reader).options(num_cpus=0, max_concurrency=4).remote()
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 4}
+    if spread:
+        options |= {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+    return ray.remote(Reader).options(**options).remote()
 
 
 def _cache(hub: Any) -> Any:
@@ -236,7 +246,9 @@ def main() -> None:
     from deploy.bench import report
 
     options = tyro.cli(WeightsOptions, description=WeightsOptions.__doc__)
-    result = run(sizes=options.sizes, readers=options.readers, rounds=options.rounds)
+    result = run(
+        sizes=options.sizes, readers=options.readers, rounds=options.rounds, nodes=options.nodes
+    )
     report("weights", result, table(result), options.json)
 
 

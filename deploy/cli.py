@@ -258,7 +258,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),
     "replay": Command(summary="check, export or import what a run has collected", run=_replay),
     "secrets": Command(summary="make passwords and certificates for a server", run=_secrets),
-    "bench": Command(summary="measure learner, replay, actors and the whole", run=_bench),
+    "bench": Command(summary="measure learner, replay, actors and all of it", run=_bench),
 }
 
 

@@ -26,6 +26,14 @@ def test_scaling_keeps_the_train_ratio_and_measures_what_actors_can_do() -> None
 
 
 @pytest.mark.exhaustive
+def test_scaling_spreads_actors_over_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # and back after the test
+    result = scaling.run(counts=(3,), seconds=1.0, nodes=3)
+    assert [row["by_node"] for row in result["rows"]] == [[1, 1, 1]] * 2
+
+
+@pytest.mark.exhaustive
 def test_weights_reach_every_reader_and_a_cache_asks_the_hub_once() -> None:
     result = weights.run(quick=True)
     rows = {(row["readers"], row["via"]): row for row in result["rows"]}
@@ -42,7 +50,7 @@ def test_weights_reach_every_reader_and_a_cache_asks_the_hub_once() -> None:
 def test_impossible_options_are_refused() -> None:
     with pytest.raises(ValueError, match="growing numbers"):
         scaling.ScalingOptions(actors=(4, 2))
-    with pytest.raises(ValueError, match="--rounds and --readers"):
+    with pytest.raises(ValueError, match="--rounds, --nodes and --readers"):
         weights.WeightsOptions(rounds=0)
 
 
