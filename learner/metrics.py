@@ -45,9 +45,10 @@ class Board:
 
 
 class GpuMemory(Collector):
-    """Memory of the current GPU that torch has, read when it is asked for; nothing on a CPU.
+    """Memory that torch has on this process's GPU, read when it is asked for; nothing on a CPU.
 
     Only torch's own counters are read: calls to the driver would disturb a graph being captured.
+    They are added up over all GPUs: a learner uses one, which need not be the first.
     """
 
     def collect(self) -> Iterable[Metric]:
@@ -58,9 +59,10 @@ class GpuMemory(Collector):
             labels=("kind",),
         )
         if torch.cuda.is_initialized():
-            gauge.add_metric(("allocated",), torch.cuda.memory_allocated())
-            gauge.add_metric(("reserved",), torch.cuda.memory_reserved())
-            gauge.add_metric(("peak",), torch.cuda.max_memory_allocated())
+            gpus = range(torch.cuda.device_count())
+            gauge.add_metric(("allocated",), sum(map(torch.cuda.memory_allocated, gpus)))
+            gauge.add_metric(("reserved",), sum(map(torch.cuda.memory_reserved, gpus)))
+            gauge.add_metric(("peak",), sum(map(torch.cuda.max_memory_allocated, gpus)))
         yield gauge
 
 

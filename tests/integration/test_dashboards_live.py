@@ -107,6 +107,9 @@ def test_every_query_returns_data_of_a_live_run_and_no_alert_fires(live: str) ->
         time.sleep(1.0)
         empty = [query for query in wanted if not ask(live, query)]
     assert {*empty} <= NOTHING_HAPPENED, "these return nothing"
+    # Those that evaluate are actors like any other, and told apart.
+    for split in ("train", "eval"):
+        assert ask(live, f'dreamer_episodes_total{{role="actor",split="{split}"}} > 0'), split
     jobs = {one["metric"]["job"] for one in ask(live, "up == 1")}
     assert jobs == {"dreamfleet"} and not ask(live, "up == 0")
     assert [one["metric"] for one in ask(live, 'ALERTS{alertstate="firing"}')] == []

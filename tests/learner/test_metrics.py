@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from learner.bound import PHASES
-from learner.metrics import Board, Exporter
+from learner.metrics import Board, Exporter, GpuMemory
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -61,3 +61,12 @@ def test_curves_and_animations_reach_tensorboard(tmp_path: Path) -> None:
     assert [(point.step, point.value) for point in events.Scalars("loss/rec")] == [(64, 2.0)]
     image = events.Images("open_loop/image")[0]
     assert (image.width, image.height, image.encoded_image_string) == (30, 20, b"GIF89a")
+
+
+@pytest.mark.cuda
+def test_memory_of_the_gpu_is_what_torch_says() -> None:
+    kept = torch.zeros(2**20, device="cuda")
+    (family,) = GpuMemory().collect()
+    found = {sample.labels["kind"]: sample.value for sample in family.samples}
+    assert found["allocated"] == torch.cuda.memory_allocated() >= kept.nbytes
+    assert found["reserved"] >= found["allocated"] and found["peak"] >= found["allocated"]
