@@ -106,6 +106,7 @@ check = '''
 hostname=$(cat /etc/hostname); echo "name $hostname"
 ls /run/secrets | tr '\\\\n' ' '; echo
 touch /x 2>/dev/null && echo writable; touch /tmp/x && echo tmp
+ip link show eth0 | grep -o 'ether [0-9a-f:]*'
 getent hosts redis; sed 1,2d /proc/net/dev | cut -d: -f1 | tr -d ' '
 exit 7'''
 service = replace(service, words=("sh", "-c", check), networks=("control",), user="0:0")
@@ -117,6 +118,13 @@ while one.running and time.monotonic() < deadline:
     time.sleep(0.05)
 sys.stdout.write(one.tail(50) + f"\\ncode {{one.exit_code}}\\n")
 one.stop()
+deaf = replace(service, words=("sh", "-c", "trap '' TERM; echo deaf; sleep 100; true"),
+               stop_grace_s=1.0)
+two = Container(deaf, 2, Path({str(directory)!r}) / "two", {{"control": "10.213.0.10"}}, [])
+two.start({{"control": "df0"}}, {{"control": "10.213.0.1"}})
+while "deaf" not in two.tail() and time.monotonic() < deadline:
+    time.sleep(0.05)
+sys.stdout.write(f"stopped {{two.stop()}}: {{two.stuck}}\\n")
 """
     done = subprocess.run(
         [*isolated, "--mount-proc", "--kill-child=SIGKILL", sys.executable, "-c", script],
@@ -130,4 +138,7 @@ one.stop()
     assert "tmp" in lines and "writable" not in lines
     assert "10.213.0.8      redis" in lines
     assert {"lo", "eth0"} <= set(lines)
+    # Started again it has the same, so that the others find it at once.
+    assert "ether 02:42:0a:d5:00:09" in lines
     assert "code 7" in lines
+    assert lines[-1].startswith("stopped 137: ") and "sleep sleeping" in lines[-1]
