@@ -334,12 +334,11 @@ def build_agent(config: TrainConfig, facts: EnvFacts, device: str) -> Agent:
     import torch
 
     from dreamer.agent import make_agent
-    from learner.tuning import tune_for_cpu
+    from learner.tuning import tune_for
 
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
-    if device == "cpu":
-        tune_for_cpu()
+    tune_for(device)
     torch.manual_seed(config.seed)
     agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
     wanted = config.learner.precision
