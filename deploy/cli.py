@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     _set_up_logging(debug)
+    # Read when torch loads OpenMP. By default its threads spin while they wait for each other, on
+    # the cores that environments and Ray need: an update then takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
