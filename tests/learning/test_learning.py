@@ -30,7 +30,7 @@ class Lesson(NamedTuple):
     """A task, its optimum, and the rounds of eight steps within which it is to be learned.
 
     Floating point differs between processors, and with it a run as between seeds. So the rounds are
-    more than twice what any of several seeds has needed; a test ends when the task is learned.
+    more than twice what any run looked at has needed; a test ends when its task is learned.
     """
 
     task: Callable[[], Task]
