@@ -168,7 +168,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
-        (weight,) = (self.weight,) if loop is None else loop.norm(self.slot)
+        weight = self.weight if loop is None else loop.norm(self.slot)[0]
         return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
