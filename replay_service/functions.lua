@@ -82,11 +82,18 @@ end
 
 -- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size, budget,
 -- longest chunk, largest chunk in bytes, the lowest incarnation of streams that begin from now on,
--- and for a replay whose contents are to be put back first the token of whoever does (see restore).
--- Repeating it only updates the limits.
+-- for a replay whose contents are to be put back first the token of whoever does (see restore) or
+-- "", for whom it is (a word that no other has, and words about it) or "", and "1" to take it from
+-- another. Repeating it only updates the limits.
+-- Replies: OK 1 if it is new, else 0 | SCHEMA text | OWNED owner.
 local function create(keys, args)
-  local meta = keys[1]
+  local meta, owner = keys[1], args[11] or ''
   local known = redis.call('HGET', meta, 'schema')
+  local before = redis.call('HGET', meta, 'owner') or ''
+  local same = string.match(before, '%S+') == string.match(owner, '%S+')
+  if owner ~= '' and before ~= '' and not same and args[12] ~= '1' then
+    return {'OWNED', before}
+  end
   if known and known ~= args[1] then
     return {'SCHEMA', redis.call('HGET', meta, 'schema_text')}
   end
@@ -100,13 +107,14 @@ local function create(keys, args)
   if int(args[9]) > int(redis.call('HGET', meta, 'incarnations_from')) then
     redis.call('HSET', meta, 'incarnations_from', args[9])
   end
+  if owner ~= '' then redis.call('HSET', meta, 'owner', owner) end
   if known then
     ensure_epoch(meta)
   else
     new_epoch(meta)
     -- A replay that was lost and created again is told from the one before by this.
     redis.call('HSET', meta, 'born', booted[meta])
-    if args[10] then redis.call('HSET', meta, 'restoring', args[10]) end
+    if args[10] and args[10] ~= '' then redis.call('HSET', meta, 'restoring', args[10]) end
   end
   return {'OK', known and 0 or 1}
 end

@@ -124,7 +124,14 @@ class ShardedClient:
         """Return the budget of a shard as far as it may be in force."""
         return self._shared().reserved(shard)
 
-    def create(self, schema: Schema, limits: Limits, *, token: str | None = None) -> bool:
+    def create(
+        self,
+        schema: Schema,
+        limits: Limits,
+        *,
+        token: str | None = None,
+        take_over: bool = False,
+    ) -> bool:
         """Create the replay on every shard, or update the limits; see `ReplayClient.create`.
 
         Each gets the whole capacity, so that streams may be spread unevenly. The minimum size is
@@ -135,11 +142,14 @@ class ShardedClient:
 
         Raises:
             ReplayConfigError: two addresses lead to the same server.
+            ReplayOwned: one holds the replay of another owner.
         """
         self._require_distinct()
         self._min_size = limits.min_size_steps
         each = self.limits_of_each(limits)
-        new = [client.create(schema, each, token=token) for client in self.clients]
+        new = [
+            client.create(schema, each, token=token, take_over=take_over) for client in self.clients
+        ]
         if len(self.clients) > 1:
             highest = max(client.highest_incarnation() for client in self.clients)
             base = highest + 1 + _BEGIN_MEANWHILE

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from replay_service.errors import ReplayConfigError
 
-_BETWEEN = re.compile(r"[,;\s]+(?=(?:redis|rediss|unix)://)")
+_BETWEEN = re.compile(r"[,;\s]+(?=(?:redis|rediss|unix)://|embedded(?:[,;\s]|$))")
 
 
 def split_addresses(text: str) -> tuple[str, ...]:

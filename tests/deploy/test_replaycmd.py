@@ -17,9 +17,9 @@ import redis
 
 from deploy.cli import main
 from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
-from deploy.launch import replay_server
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
+from deploy.servers import replay_server
 from replay_service import EmbeddedServer, Limits, ReplayClient, ShardedClient, address_for
 from tests.replay_service.records import SCHEMA, insert_many
 
