@@ -95,7 +95,7 @@ class ReplayClient:
             people who that is. Empty takes part in anybody's.
 
     Attributes:
-        trouble, away: empty and 0: of a single server only calls say what goes wrong. A
+        trouble, away, shards: empty and 0: of a single server only calls say what goes wrong. A
             `ShardedClient` notes it.
     """
 
@@ -103,7 +103,7 @@ class ReplayClient:
         self, url: str, *, shard: int = 0, timeout_s: float = 5.0, owner: str = ""
     ) -> None:
         self.url, self.owner = url, owner
-        self.trouble, self.away = "", 0
+        self.trouble, self.away, self.shards = "", 0, list[dict[str, Any]]()
         self.shard = shard
         self.timeout_s = timeout_s
         self.address = without_password(url)
@@ -435,16 +435,17 @@ class ReplayClient:
 
     def highest_incarnation(self) -> int:
         """Return an incarnation that no stream of this server exceeds, 0 without a replay."""
-        return highest_incarnation(self._counters())
+        return highest_incarnation(self.counters())
 
     def stats(self) -> ReplayStats:
         """Read all counters at one instant."""
-        values = self._counters()
+        values = self.counters()
         if not values:
             raise self._missing()
         return ReplayStats.of(values)
 
-    def _counters(self) -> dict[str, bytes]:
+    def counters(self) -> dict[str, bytes]:
+        """Return everything that the server keeps about the replay, {} without one."""
         flat = self._fcall("replay_stats", [self._meta])
         return dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
 

@@ -307,7 +307,8 @@ end
 -- | NONE. A late or repeated call changes nothing; a new fence may move the account back. A fence
 -- above the known one is that of a learner whose beginning a power cut took from the log: it stays in
 -- charge. One that shares a budget out over several servers numbers its calls to each from 1 on: a
--- smaller budget, once acknowledged, is then not replaced by an earlier call that comes late.
+-- smaller budget, once acknowledged, is then not replaced by an earlier call that comes late, be it
+-- one without a number, from before there were several.
 local function settle(keys, args)
   local meta = keys[1]
   local m = redis.call('HMGET', meta, 'schema', 'fence', 'sampled', 'sampled_fence', 'inserted',
@@ -315,13 +316,12 @@ local function settle(keys, args)
   if not m[1] then return {'NONE'} end
   if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
   if int(args[1]) > int(m[2]) then redis.call('HSET', meta, 'fence', args[1]) end
-  local turn = int(args[4])
-  local late = int(args[2]) < int(m[3]) or (turn > 0 and turn <= int(m[7]))
+  local turn, known = int(args[4]), int(m[7])
+  local late = int(args[2]) < int(m[3]) or (known > 0 and turn <= known)
   if int(m[4]) ~= int(args[1]) or not late then
-    if turn > 0 then redis.call('HSET', meta, 'turn', args[4]) end
     local id = redis.call('XADD', keys[2], 'MAXLEN', 1, '*', 'budget', args[3])
     redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3],
-      'wake', id)
+      'wake', id, 'turn', whole(turn))
   end
   return {'OK', int(m[5]), int(m[6])}
 end
