@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -29,8 +30,10 @@ _HEADER = """\
 # directory continues with it; `dreamfleet train --help` says what every field means.
 """
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_REDIS = re.compile(r"embedded|(redis|rediss|unix)://\S+")
+_REDIS = re.compile(r"embedded|rediss?://[^\s,;]+|unix://\S+")
 _RAY = re.compile(r"local|auto|[\w.-]+:\d+")
+
+_amending = threading.Lock()
 
 Config = TypeVar("Config")
 
@@ -278,6 +281,12 @@ def save_config(config: TrainConfig, path: Path) -> None:
     text = yaml.safe_dump(_converter().unstructure(config), sort_keys=False, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (_HEADER + text).encode())
+
+
+def amend_config(path: Path, **changes: Any) -> None:
+    """Change fields of a configuration that was saved; any thread of the run may."""
+    with _amending:
+        save_config(replace(load_config(path), **changes), path)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.cluster import actor_resources, ray_cluster, this_node
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
 from deploy.interrupts import Interrupts
+from deploy.join import Joining
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
 from deploy.rundir import run_directory, run_id
@@ -28,12 +29,13 @@ from deploy.sentinel import Sentinel
 from deploy.servers import (
     connect,
     create_replay,
-    make_reseeder,
+    look_after,
     owner_of,
     replay_server,
     servers_here,
     servers_of,
     take_fence,
+    with_joined,
 )
 from deploy.status import STATUS_FILE
 from replay_service import (
@@ -79,6 +81,7 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
+        config = with_joined(config, run)
         sentinel = stack.enter_context(Sentinel())
 
         # What is learnt from what
@@ -101,8 +104,8 @@ def train(config: TrainConfig) -> int:
 
         # Replay: the server with the log, and the learner's mirror of it
         url = stack.enter_context(replay_server(config, run))
-        client = connect(config, url, owner_of(run))
-        stack.callback(client.close)
+        clients = stack.enter_context(ExitStack())
+        client = clients.enter_context(closing(connect(config, url, owner_of(run))))
         create_replay(client, schema, limits, run, take_over=config.replay.take_over)
         mirror = Mirror(
             servers_of(client),
@@ -130,14 +133,15 @@ def train(config: TrainConfig) -> int:
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
-        learner.reseeder = make_reseeder(config, url, learner, limits)
+        learner.reseeder = look_after(config, url, learner, limits)
+        joining = Joining(config, run, url, schema, limits, learner, fleet, clients)
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
         stack.enter_context(findable(config, client, learner))
         count_on(learner, resume(learner, run))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
-        with reporting(learner, lambda: heeded(config, run, fleet), run, f"{config.env} · {run}"):
+        with reporting(learner, lambda: heeded(run, fleet, joining), run, f"{config.env} · {run}"):
             with interrupts.graceful(learner.stop.set):
                 outcome = learner.run()
             fleet.check()
@@ -453,9 +457,10 @@ def count_on(learner: Learner, saved: Checkpoint | None) -> None:
     learner.client.restored(learner.fence)
 
 
-def heeded(config: TrainConfig, run: Path, fleet: Crew) -> list[dict[str, Any]]:
+def heeded(run: Path, fleet: Crew, joining: Joining) -> list[dict[str, Any]]:
     """Follow `dreamfleet scale`, and return what each actor says about itself."""
-    heed_order(config, run, fleet)
+    heed_order(run, fleet)
+    joining.heed()
     return fleet.stats()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -28,8 +29,37 @@ from replay_service import (
 if TYPE_CHECKING:
     from learner.learner import Learner
 
+log = logging.getLogger(__name__)
+
+JOINED_FILE = "joined-servers"
+"""Holds the addresses of servers that have joined the run while it went on, one a line."""
 LIVES = 1000
 """Learners of one run that may have ended, one after the other, before their first checkpoint."""
+
+
+def with_joined(config: TrainConfig, run: Path) -> TrainConfig:
+    """Return the configuration with the servers that have joined the run while it went on.
+
+    The command that began the run does not name them, and may well be the one that continues it;
+    their steps would be missing.
+    """
+    path = run / JOINED_FILE
+    known = path.read_text().split("\n") if path.exists() else []
+    missing = [one for one in map(str.strip, known) if one and one not in config.addresses]
+    if not missing:
+        return config
+    log.warning("shards_kept joined=%s: to leave one out, remove it from %s", missing, path)
+    return replace(config, redis=",".join([*config.addresses, *missing]))
+
+
+def note_joined(run: Path, addresses: Sequence[str]) -> None:
+    """Remember servers for `with_joined`. Raises OSError."""
+    from learner.files import write_atomically
+
+    path = run / JOINED_FILE
+    known = path.read_text().split() if path.exists() else []
+    lines = [*known, *(address for address in addresses if address not in known)]
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def resolved(config: TrainConfig, embedded: str) -> str:
@@ -109,27 +139,43 @@ def take_fence(client: ReplayClient | ShardedClient, run: Path) -> int:
     return client.acquire_fence()
 
 
-def make_reseeder(
+def look_after(
     config: TrainConfig, url: str, learner: Learner, limits: Limits
 ) -> Reseeder | ShardedReseeder:
-    """Prepare for servers that lose their data. Records go back with the rights of an actor."""
-
-    def writer(address: str) -> ReplayClient:
-        return ReplayClient(address_for(address, config.replay, "actor"))
-
+    """Prepare for servers that lose their data."""
     client, addresses = learner.client, split_addresses(url)
     if isinstance(client, ShardedClient):
         limits = client.limits_of_each(limits)
     reseeders = [
-        Reseeder(
-            one,
-            partial(writer, address),
-            learner.mirror.of(number),
-            limits,
-            fence=learner.fence,
-            mode=config.replay.on_data_loss,
-            codec=config.replay.codec,
-        )
+        make_reseeder(config, one, address, number, learner, limits)
         for number, (one, address) in enumerate(zip(servers_of(client), addresses, strict=True))
     ]
     return reseeders[0] if len(reseeders) == 1 else ShardedReseeder(client, reseeders)
+
+
+def make_reseeder(
+    config: TrainConfig,
+    client: ReplayClient,
+    address: str,
+    number: int,
+    learner: Learner,
+    limits: Limits,
+) -> Reseeder:
+    """Prepare for one server that loses its data. Records go back with the rights of an actor.
+
+    Args:
+        config: of the run.
+        client, address: the learner's client of the server, and its address without a password.
+        number: of its log in the mirror.
+        learner: whose mirror it is.
+        limits: that it enforces.
+    """
+    return Reseeder(
+        client,
+        lambda: ReplayClient(address_for(address, config.replay, "actor")),
+        learner.mirror.of(number),
+        limits,
+        fence=learner.fence,
+        mode=config.replay.on_data_loss,
+        codec=config.replay.codec,
+    )

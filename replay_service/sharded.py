@@ -112,6 +112,7 @@ class ShardedClient:
         """
         sharded = cls([client], chunk_steps=chunk_steps)
         sharded._min_size = limits.min_size_steps
+        client.stats()  # raises if it has lost the replay, which must not begin anew here
         try:
             client.create(schema, sharded.limits_of_each(limits))
             # What it has inserted is asked for when its minimum has gone: from now on its budget

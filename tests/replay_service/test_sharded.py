@@ -17,6 +17,7 @@ from replay_service import (
     CreditLimiter,
     EmbeddedServer,
     Limits,
+    ReplayAuthError,
     ReplayClient,
     ReplayConfig,
     ReplayConfigError,
@@ -450,6 +451,10 @@ def test_a_server_that_cannot_join_is_named_and_left_as_it_is(
     refused(ReplayFenced, f"a learner with fence {fence + 5} has prepared")
     with redis.Redis.from_url(servers[1].url) as admin:
         admin.flushall()
+    with redis.Redis.from_url(servers[1].url) as admin:
+        admin.config_set("requirepass", "word")
+        refused(ReplayAuthError, "refuses connections without credentials")
+        admin.config_set("requirepass", "")
     # One that was prepared before, by a learner that ended or was not heard, is as good as new.
     for _ in range(2):
         stats = prepare_shard(newcomer, [there], SCHEMA, LIMITS, fence=fence)
