@@ -138,10 +138,20 @@ class Joining:
             self._take(fresh)
             self._names += fresh
             self._urls += fresh
-        note_joined(self._run, fresh)
-        amend_config(self._run / FILE_NAME, redis=",".join(self._names))
+            log.warning("shards_joined servers=%d added=%s", len(self._names), ", ".join(fresh))
+        self._remember()
         self._crew.redirect(",".join(self._urls))
-        log.warning("shards_joined servers=%d added=%s", len(self._names), ", ".join(fresh))
+
+    def _remember(self) -> None:
+        known = self._config.addresses
+        try:
+            note_joined(self._run, [name for name in self._names if name not in known])
+            amend_config(self._run / FILE_NAME, redis=",".join(self._names))
+        except OSError as error:
+            raise ConfigError(
+                f"the servers take part, but {self._run} cannot be written ({error}), so they get "
+                "no actors yet: mend that and repeat the command"
+            ) from error
 
     def _take(self, addresses: Sequence[str]) -> None:
         """Prepare servers beside the training, and have the learner take them in."""

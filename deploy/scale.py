@@ -102,7 +102,9 @@ def _scale_servers(options: ScaleOptions, redis: str, config: TrainConfig) -> bo
         highlight=False,
     )
     for url in urls:
-        console().print(f"  {url}: {counted[url]} actors", highlight=False, soft_wrap=True)
+        console().print(
+            f"  {url}: {counted[url]} of {len(actors)} actors", highlight=False, soft_wrap=True
+        )
     if not all(counted[url] for url in urls):
         console().print(
             "chance has given a server nobody: have several times as many actors as servers",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,8 @@ def test_a_server_joins_a_run_on_a_cluster_and_the_next_learner_finds_its_actors
             out, _ = second.communicate(timeout=90)
             assert "fleet_taken_over" in out and "replay_lost" not in out, out[-3000:]
             for address in (redis, server.url):
-                report = check_server(ReplayClient(address))
+                with closing(ReplayClient(address)) as client:
+                    report = check_server(client)
                 assert not report.findings.found, report
         finally:
             for process in filter(None, (first, second)):
