@@ -59,7 +59,8 @@ class Shard:
     late: list[tuple[int, int]] = field(default_factory=list)
 
     def take(self, turn: int, budget: int) -> None:
-        if turn > self.turn:
+        # Calls without a number are those of a learner that has one server.
+        if turn > self.turn or self.turn == 0:
             self.turn, self.budget = turn, budget
 
     def insert(self, steps: int) -> None:
@@ -72,7 +73,32 @@ def test_budgets_never_exceed_the_total_whatever_is_lost_or_late(
     data: st.DataObject, count: int
 ) -> None:
     shards = [Shard() for _ in range(count)]
-    split, total = BudgetSplit([0] * count, [0] * count, chunk_steps=8), 0
+    share_out(data, shards, BudgetSplit([0] * count, [0] * count, chunk_steps=8), 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_server_that_was_alone_is_held_to_its_share_whatever_of_before_comes_late(
+    data: st.DataObject,
+) -> None:
+    alone, total = Shard(), 0
+    for _ in range(data.draw(st.integers(0, 8))):
+        total += data.draw(st.integers(0, 100))
+        fate = data.draw(st.sampled_from(["heard", "call lost", "call late"]))
+        if fate == "call late":
+            alone.late.append((0, total))
+        elif fate == "heard":
+            alone.take(0, total)
+        alone.insert(data.draw(st.integers(0, 60)))
+    # As `ShardedClient.of_one` does it: all that was ever sent may still come.
+    split = BudgetSplit([alone.budget], [alone.inserted], chunk_steps=8)
+    split.sent(0, total)
+    split.join(0, 0)
+    share_out(data, [alone, Shard()], split, total)
+
+
+def share_out(data: st.DataObject, shards: list[Shard], split: BudgetSplit, total: int) -> None:
+    """Settle for a while, with messages lost and late and shards that join."""
     fates = st.sampled_from(["heard", "heard", "heard", "answer lost", "call lost", "call late"])
     turn = 0
 
