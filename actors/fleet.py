@@ -100,8 +100,8 @@ class Fleet:
            are quarantined, the fleet has failed, says why (`check`), and restarts nothing more.
         3. After `scale` actors join, or the last ones leave: they stop stepping, deliver what they
            hold and end, while the others go on.
-        4. After `redirect` the actors whose streams belong to another replay server now do the same
-           and a successor of each takes its slot, under a new incarnation of its streams.
+        4. After `redirect` the actors whose streams belong to another replay server now do the
+           same, and a successor of each takes its slot, under a new incarnation of its streams.
         5. After `stop` none of its actors runs.
         6. With a roster actors outlive the process that supervises them, and its successor takes
            over those that live.
