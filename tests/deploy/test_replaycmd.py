@@ -146,7 +146,7 @@ def test_several_servers_are_checked_and_exported_one_by_one(
         shown = said(capsys)
         assert "C  stream s1@1 seq 3: the chunk is missing" in shown
         # More is admitted in sum than anybody has paid for.
-        clients[0].settle(fence, 0, 10**6)
+        clients[0].settle(fence, 0, 10**6, turn=100)
         assert main(["replay", "check", str(run)]) == 1
         assert "more inserts are admitted than the train ratio pays for" in said(capsys)
 
