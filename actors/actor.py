@@ -106,6 +106,15 @@ class ActorSpec:
     """Least seconds between the beginnings of two rounds of evaluation."""
 
 
+def home_of(spec: ActorSpec) -> str:
+    """Return the address of the replay server that an actor writes to.
+
+    The streams of an actor share a server: its environments step together, so that one of them that
+    had to wait would hold up the others.
+    """
+    return shard_of(f"{spec.run}-a{spec.slot}", split_addresses(spec.replay_url))
+
+
 class ActorProcess:
     """An actor; started as a Ray actor by the fleet, and just as usable without Ray.
 
@@ -125,7 +134,7 @@ class ActorProcess:
         torch.set_num_threads(1)
         self._spec, self._source = spec, source
         self._phase: Phase = "metrics"
-        self._failed_in = self._error = self._trace = ""
+        self._failed_in = self._error = self._trace = self._server = ""
         self._stale = False
         self._stop, self._drain_s = threading.Event(), 10.0
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
@@ -148,8 +157,9 @@ class ActorProcess:
     def stats(self) -> dict[str, Any]:
         """Return what the actor has done and is doing, as plain values.
 
-        Steps/s are means over about the last ten seconds of asking. `blocked` says why stepping
-        waits, and is empty while it does not. `error` and `trace` belong to the phase `failed_in`.
+        Steps/s are means over about the last ten seconds of asking. `server` is the replay server
+        that it writes to. `blocked` says why stepping waits, and is empty while it does not.
+        `error` and `trace` belong to the phase `failed_in`.
         """
         loop, uploader, refresher = self._loop, self._uploader, self._refresher
         steps = list(loop.stats.env_steps) if loop else [0] * self._spec.envs
@@ -165,6 +175,7 @@ class ActorProcess:
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "metrics_port": self._metrics_port,
+            "server": self._server,
             "phase": self._phase,
             "failed_in": self._failed_in,
             "error": self._error,
@@ -348,10 +359,8 @@ class ActorProcess:
         schema = Schema.from_dict(spec.schema)
         # Chunks that depend on the clock would make runs in lockstep differ.
         config = replace(spec.replay, flush_age_s=math.inf) if spec.lockstep else spec.replay
-        # The streams of an actor share a shard: its environments step together, so that one of them
-        # that had to wait would hold up the others.
-        url = shard_of(f"{spec.run}-a{spec.slot}", split_addresses(spec.replay_url))
-        client = ReplayClient(address_for(url, spec.replay, "actor"))
+        self._server = home_of(spec)
+        client = ReplayClient(address_for(self._server, spec.replay, "actor"))
         stack.callback(client.close)
         names = [f"{spec.run}-a{spec.slot}-e{index}" for index in range(spec.envs)]
         while True:

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.actor import ActorProcess, ActorSpec
+from actors.actor import ActorProcess, ActorSpec, home_of
 from actors.evaluator import Evaluator
 from actors.roster import Roster
 from actors.weights import WeightSource
@@ -21,6 +21,8 @@ from dreamer.weights import Version
 
 log = logging.getLogger(__name__)
 
+_DRAIN_S = 20.0
+"""Time in which actors that leave may deliver what they hold."""
 _ANSWER_THREADS = 8
 """Calls that an actor answers at the same time: `stats`, `ping`, `stop`, `collect`."""
 
@@ -69,6 +71,7 @@ class _Slot:
     last: dict[str, Any] = field(default_factory=dict)
     state: str = "starting"
     acted: bool = False
+    moves: int = 0
     trouble: str = ""
     trace: str = ""
     failed_in: str = ""
@@ -97,8 +100,10 @@ class Fleet:
            are quarantined, the fleet has failed, says why (`check`), and restarts nothing more.
         3. After `scale` actors join, or the last ones leave: they stop stepping, deliver what they
            hold and end, while the others go on.
-        4. After `stop` none of its actors runs.
-        5. With a roster actors outlive the process that supervises them, and its successor takes
+        4. After `redirect` the actors whose streams belong to another replay server now do the
+           same, and a successor of each takes its slot, under a new incarnation of its streams.
+        5. After `stop` none of its actors runs.
+        6. With a roster actors outlive the process that supervises them, and its successor takes
            over those that live.
 
     Args:
@@ -125,6 +130,7 @@ class Fleet:
         self._limits = supervision or Supervision()
         self._slots = [_Slot(number) for number in range(actors)]
         self._leaving: list[_Farewell] = []
+        self._redirected = False
         self._failure = ""
         self._restarts: Counter[str] = Counter()
         self._lock = threading.RLock()
@@ -178,7 +184,7 @@ class Fleet:
         replaced, `trace` the traceback of that, if there is one.
         """
         with self._lock:
-            leaving = [farewell.slot for farewell in self._leaving]
+            leaving = [f.slot for f in self._leaving if not self._keeps(f.slot)]
             return [
                 {
                     **slot.last,
@@ -186,7 +192,7 @@ class Fleet:
                     "split": self._spec.split,
                     "life": slot.life,
                     "state": slot.state,
-                    "restarts": slot.life,
+                    "restarts": slot.life - slot.moves,
                     "trouble": slot.trouble,
                     "trace": slot.trace,
                     "env_steps": slot.steps_before + slot.last.get("env_steps", 0),
@@ -207,7 +213,7 @@ class Fleet:
                 "quarantined": states["quarantined"],
             }
 
-    def scale(self, actors: int, drain_s: float = 20.0) -> None:
+    def scale(self, actors: int, drain_s: float = _DRAIN_S) -> None:
         """Let actors join or leave until there are so many. Returns at once; see `stats`.
 
         Args:
@@ -227,10 +233,22 @@ class Fleet:
                 self._slots.append(_Slot(number))
                 self._launch(self._slots[-1])
             for slot in reversed(self._slots[actors:]):
-                self._dismiss(slot, drain_s)
+                if slot.state != "draining":
+                    self._dismiss(slot, drain_s)
             del self._slots[actors:]
 
-    def _dismiss(self, slot: _Slot, drain_s: float) -> None:
+    def redirect(self, replay_url: str) -> None:
+        """Let actors write to these replay servers from now on. Returns at once; see `stats`.
+
+        Args:
+            replay_url: addresses of all servers; those that are there already keep their streams,
+                apart from what belongs to one that is new.
+        """
+        with self._lock:
+            self._spec = replace(self._spec, replay_url=replay_url)
+            self._redirected = True
+
+    def _dismiss(self, slot: _Slot, drain_s: float = _DRAIN_S) -> None:
         slot.state = "draining"
         if slot.handle is not None:
             answer = slot.handle.stop.remote(True, drain_s)
@@ -248,6 +266,23 @@ class Fleet:
             if done or now > farewell.deadline:
                 self._remove(farewell.slot)
                 self._leaving.remove(farewell)
+                self._succeed(farewell.slot)
+
+    def _succeed(self, slot: _Slot) -> None:
+        """Fill the slot of an actor that has left again, if it is still wanted."""
+        if self._keeps(slot):
+            slot.steps_before += slot.last.get("env_steps", 0)
+            slot.life, slot.moves = slot.life + 1, slot.moves + 1
+            self._launch(slot)
+
+    def _keeps(self, slot: _Slot) -> bool:
+        return any(one is slot for one in self._slots)
+
+    def _misplaced(self, slot: _Slot, answer: Mapping[str, Any]) -> bool:
+        """Whether the streams of an actor belong to another server than the one it writes to."""
+        if not self._redirected or not answer.get("server"):
+            return False
+        return bool(answer["server"] != home_of(replace(self._spec, slot=slot.number)))
 
     def collect(self, n_steps: int, version: Version, timeout_s: float = 600.0) -> int:
         """Have every actor take `n_steps` in each environment, one actor after the other.
@@ -296,7 +331,9 @@ class Fleet:
                     self._note_farewell(farewells[answer], answer)
             for slot in live.values():
                 self._remove(slot)
-                slot.state = "stopped"
+            for slot in self._slots:
+                if slot.number in live or slot.state == "draining":
+                    slot.state = "stopped"
         return self.stats()
 
     def _note_farewell(self, slot: _Slot, answer: Any) -> None:
@@ -353,12 +390,16 @@ class Fleet:
                         self._launch(slot)
                 if slot.handle is not None and slot.question is None:
                     slot.question, slot.asked_at = slot.handle.stats.remote(), now
-            questions = {slot.question: slot for slot in self._slots if slot.question is not None}
-        if not questions:
-            return
-        answered, missing = ray.wait(
-            list(questions), num_returns=len(questions), timeout=self._limits.check_every_s
-        )
+            questions = {
+                slot.question: slot
+                for slot in self._slots
+                if slot.question is not None and slot.state != "draining"
+            }
+        answered, missing = list[Any](), list[Any]()
+        if questions:
+            answered, missing = ray.wait(
+                list(questions), num_returns=len(questions), timeout=self._limits.check_every_s
+            )
         with self._lock:
             for question in answered:
                 if questions[question].state != "draining":
@@ -392,6 +433,9 @@ class Fleet:
             limit = self._limits.progress_timeout_s + actor.hang_timeout_s + actor.start_timeout_s
             if idle_s > limit and not self._spec.lockstep:
                 self._replace(slot, "hung", f"no step for {idle_s:.0f} s")
+        if slot.handle is not None and self._misplaced(slot, answer):
+            log.info("actor_moves slot=%d from=%s", slot.number, answer["server"])
+            self._dismiss(slot)
 
     def _note_progress(self, slot: _Slot, answer: dict[str, Any]) -> None:
         """Take note of steps, and of good reasons for there being none."""

@@ -97,15 +97,18 @@ class FleetHost:
         threading.Thread(target=self._watch, name="orphan", daemon=True).start()
 
     def plan(self) -> Plan:
-        """Return what it was started with."""
+        """Return what it was started with, and the replay servers that it was told of since."""
         return self._plan
 
-    def report(self, fence: int, actors: int, seen: int, born: str) -> dict[str, Any]:
+    def report(
+        self, fence: int, actors: int, seen: int, born: str, replay_url: str
+    ) -> dict[str, Any]:
         """Answer the learner's question, which also tells that the learner lives.
 
         Args:
             fence: of the learner; a learner with a lower one than another before it is refused.
             actors: how many it wants.
+            replay_url: replay servers that they are to write to.
             seen: number of the last event that it knows of the fleet with the birth mark `born`.
 
         Returns:
@@ -121,6 +124,11 @@ class FleetHost:
             self._fence, self._heard_at = fence, time.monotonic()
             if actors != self._fleet.desired and not self._fleet.failure:
                 self._fleet.scale(actors)
+            if replay_url != self._plan.spec.replay_url:
+                self._plan = replace(
+                    self._plan, spec=replace(self._plan.spec, replay_url=replay_url)
+                )
+                self._fleet.redirect(replay_url)
             stats = self._fleet.stats()
             for actor in stats:
                 actor["scores"] = self._untold(actor)
@@ -261,6 +269,10 @@ class StandingFleet:
         self.check()
         self._actors = actors
 
+    def redirect(self, replay_url: str) -> None:
+        """Let actors write to these servers with the next question; see `Fleet.redirect`."""
+        self._plan = replace(self._plan, spec=replace(self._plan.spec, replay_url=replay_url))
+
     def leave(self) -> None:
         """Ask no more; the fleet goes on without a learner."""
         self._left.set()
@@ -336,7 +348,8 @@ class StandingFleet:
 
     def _ask(self, timeout_s: float, least: int = logging.INFO) -> None:
         """Ask once, and log what the fleet has logged since the last time at least so loud."""
-        question = self._host.report.remote(self._fence, self._actors, self._seen, self._born)
+        url = self._plan.spec.replay_url
+        question = self._host.report.remote(self._fence, self._actors, self._seen, self._born, url)
         answer = ray.get(question, timeout=timeout_s)
         with self._lock:
             if "newer" in answer:

@@ -88,12 +88,11 @@ def _measure(
     from dreamer.presets import agent_config
     from dreamer.spaces import BoxAction, ImageSpec, VectorSpec
     from learner.step import UpdateStep
-    from learner.tuning import tune_for_cpu
+    from learner.tuning import tune_for
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    if device == "cpu":
-        tune_for_cpu()
+    tune_for(device)
     image = {"image": ImageSpec(shape=(64, 64, 3))}
     obs_space: Any = image if modality == "pixels" else {"vector": VectorSpec(shape=(24,))}
     actions: Any = {"action": BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)}

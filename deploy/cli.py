@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     _set_up_logging(debug)
+    # Read when torch loads OpenMP. By default its threads spin while they wait for each other, on
+    # the cores that environments and Ray need: an update then takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(args)
     except KeyboardInterrupt:
@@ -252,7 +256,7 @@ COMMANDS: dict[str, Command] = {
     "runs": Command(summary="list runs: preset, agent, steps, return, state", run=_runs),
     "report": Command(summary="write one HTML file about a run", run=_report),
     "export": Command(summary="write the acting agent as one file for torch or ONNX", run=_export),
-    "scale": Command(summary="let actors join or leave a running training", run=_scale),
+    "scale": Command(summary="let actors join or leave, or servers join, a training", run=_scale),
     "stop": Command(summary="end actors that were left on a Ray cluster", run=_stop),
     "check-env": Command(summary="check an environment, and measure it", run=_check_env),
     "doctor": Command(summary="check this machine and what is installed on it", run=_doctor),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ from learner.config import LearnerConfig
 from replay_service import ReplayConfig, ReplayConfigError, has_password, split_addresses
 
 FILE_NAME = "config.yaml"
+EMBEDDED = "embedded"
+"""What stands for the address of a run's own server."""
 MOST_SHOWN = 8
 """Differences that an error message spells out."""
 _HEADER = """\
@@ -27,8 +30,10 @@ _HEADER = """\
 # directory continues with it; `dreamfleet train --help` says what every field means.
 """
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_REDIS = re.compile(r"embedded|(redis|rediss|unix)://\S+")
+_REDIS = re.compile(r"embedded|rediss?://[^\s,;]+|unix://\S+")
 _RAY = re.compile(r"local|auto|[\w.-]+:\d+")
+
+_amending = threading.Lock()
 
 Config = TypeVar("Config")
 
@@ -135,8 +140,7 @@ class TrainConfig:
             raise ConfigError("--lockstep lets actors take turns, and --offline has none: leave it")
         _require_form("device", self.device, _DEVICE, "auto, cpu, cuda or cuda:<number>")
         for address in self.addresses:
-            whole = self.redis if address == "embedded" else address
-            _require_form("redis", whole, _REDIS, "embedded, redis://…, rediss://… or unix://…")
+            _require_form("redis", address, _REDIS, "embedded, redis://…, rediss://… or unix://…")
         _require_form("ray", self.ray, _RAY, "local, auto or <host>:<port>")
         self._require_learnable()
 
@@ -206,7 +210,7 @@ class Difference:
 
 MAY_CHANGE = frozenset(
     {"preset", "run_dir", "steps", "updates", "actors", "device", "redis", "ray"}
-    | {"replay.durability", "replay.listen", "replay.secrets"}
+    | {"replay.durability", "replay.listen", "replay.secrets", "replay.take_over"}
     | {"replay.password_file", "replay.ca_file"}
     | {"replay.redis_memory_bytes", "replay.placement", "replay.codec", "replay.flush_age_s"}
     | {"learner.mode", "learner.precision", "learner.threads", "learner.keep_checkpoints"}
@@ -268,14 +272,21 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write a configuration as YAML, atomically."""
+    """Write a configuration as YAML, atomically; without what is meant for one start alone."""
     import yaml
 
     from learner.files import write_atomically
 
+    config = replace(config, replay=replace(config.replay, take_over=False))
     text = yaml.safe_dump(_converter().unstructure(config), sort_keys=False, width=100)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (_HEADER + text).encode())
+
+
+def amend_config(path: Path, **changes: Any) -> None:
+    """Change fields of a configuration that was saved; any thread of the run may."""
+    with _amending:
+        save_config(replace(load_config(path), **changes), path)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -139,6 +139,14 @@ class Crew:
             self._fleet.scale(actors)
         self._actors = actors
 
+    def redirect(self, replay_url: str) -> None:
+        """Let actors write to these replay servers from now on; see `Fleet.redirect`."""
+        self._spec = replace(self._spec, replay_url=replay_url)
+        # Those that evaluate write nowhere; the next learner must find that they do what it wants.
+        for fleet in (self._fleet, self._evaluators):
+            if fleet is not None:
+                fleet.redirect(replay_url)
+
     def check(self) -> None:
         """Raise FleetError if the fleet has failed."""
         if self._fleet is not None:

@@ -12,39 +12,42 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from deploy.cluster import actor_resources, ray_cluster, this_node
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
 from deploy.interrupts import Interrupts
+from deploy.join import Joining
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
 from deploy.rundir import run_directory, run_id
 from deploy.scale import heed_order
 from deploy.sentinel import Sentinel
+from deploy.servers import (
+    connect,
+    create_replay,
+    look_after,
+    owner_of,
+    replay_server,
+    servers_here,
+    servers_of,
+    take_fence,
+    with_joined,
+)
 from deploy.status import STATUS_FILE
 from replay_service import (
     Column,
     CreditLimiter,
-    EmbeddedServer,
-    Limits,
     Mirror,
     ReplayClient,
-    Reseeder,
     Schema,
     ShardedClient,
-    ShardedReseeder,
-    address_for,
     estimate_memory,
-    is_loopback,
     listed,
     plan_limits,
-    split_addresses,
     with_absolute_paths,
 )
 
@@ -61,8 +64,6 @@ log = logging.getLogger(__name__)
 DRAIN_S = 5.0
 """Time in which actors may hand over what they hold when a run ends."""
 STATUS_EVERY_S = 1.0
-LIVES = 1000
-"""Learners of one run that may have ended, one after the other, before their first checkpoint."""
 PUBLISH_S = 120.0
 """Time in which the hub must have answered; the first time it may still be starting."""
 
@@ -80,6 +81,7 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
+        config = with_joined(config, run)
         sentinel = stack.enter_context(Sentinel())
 
         # What is learnt from what
@@ -102,9 +104,9 @@ def train(config: TrainConfig) -> int:
 
         # Replay: the server with the log, and the learner's mirror of it
         url = stack.enter_context(replay_server(config, run))
-        client = connect(config, url)
-        stack.callback(client.close)
-        create_replay(client, schema, limits, run)
+        clients = stack.enter_context(ExitStack())
+        client = clients.enter_context(closing(connect(config, url, owner_of(run))))
+        create_replay(client, schema, limits, run, take_over=config.replay.take_over)
         mirror = Mirror(
             servers_of(client),
             schema,
@@ -131,14 +133,15 @@ def train(config: TrainConfig) -> int:
 
         # The learner, from where it was
         learner = make_learner(config, run, facts, mirror, client, limiter, hub, fleet, device)
-        learner.reseeder = make_reseeder(config, url, learner, limits)
+        learner.reseeder = look_after(config, url, learner, limits)
+        joining = Joining(config, run, url, schema, limits, learner, fleet, clients)
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
         stack.enter_context(findable(config, client, learner))
         count_on(learner, resume(learner, run))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
-        with reporting(learner, lambda: heeded(config, run, fleet), run, f"{config.env} · {run}"):
+        with reporting(learner, lambda: heeded(run, fleet, joining), run, f"{config.env} · {run}"):
             with interrupts.graceful(learner.stop.set):
                 outcome = learner.run()
             fleet.check()
@@ -200,46 +203,6 @@ def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str,
     log.info("memory_planned %s", plan.describe())
     for note in plan.notes:
         log.warning("memory_note %s", note)
-
-
-@contextmanager
-def replay_server(config: TrainConfig, run: Path) -> Iterator[str]:
-    """Start a private server in the run directory, or use those given; yield their addresses."""
-    if config.redis != "embedded":
-        yield config.redis
-        return
-    with EmbeddedServer(
-        run / "replay",
-        max_memory_bytes=config.replay.redis_memory_bytes,
-        durability=config.replay.durability,
-        listen=config.replay.listen,
-        secrets=config.replay.secrets,
-    ) as server:
-        yield server.listen_url
-
-
-def connect(config: TrainConfig, url: str) -> ReplayClient | ShardedClient:
-    """Return the learner's client of the replay on one or several servers."""
-    clients = [
-        ReplayClient(address_for(address, config.replay, "learner"))
-        for address in split_addresses(url)
-    ]
-    if len(clients) == 1:
-        return clients[0]
-    return ShardedClient(clients, chunk_steps=config.replay.chunk_steps)
-
-
-def servers_of(client: ReplayClient | ShardedClient) -> tuple[ReplayClient, ...]:
-    """Return the clients of all servers, in the order of their addresses."""
-    return client.clients if isinstance(client, ShardedClient) else (client,)
-
-
-def servers_here(config: TrainConfig) -> int:
-    """Return how many replay servers take memory of this machine; one alone is counted anyway."""
-    if len(config.addresses) == 1:
-        return 1
-    hosts = (urlsplit(address).hostname or "localhost" for address in config.addresses)
-    return sum(is_loopback(host) for host in hosts)
 
 
 def standing_crew(config: TrainConfig, run: Path) -> Standing | None:
@@ -334,12 +297,11 @@ def build_agent(config: TrainConfig, facts: EnvFacts, device: str) -> Agent:
     import torch
 
     from dreamer.agent import make_agent
-    from learner.tuning import tune_for_cpu
+    from learner.tuning import tune_for
 
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
-    if device == "cpu":
-        tune_for_cpu()
+    tune_for(device)
     torch.manual_seed(config.seed)
     agent = make_agent(config.agent, facts.obs_space, facts.action_space).to(device)
     wanted = config.learner.precision
@@ -431,53 +393,6 @@ def make_step(config: TrainConfig, agent: Agent, mirror: Any) -> UpdateStep:
     )
 
 
-def create_replay(
-    client: ReplayClient | ShardedClient, schema: Schema, limits: Limits, run: Path
-) -> None:
-    """Create the replay; if the run has lost the one it had, closed to actors until `count_on`."""
-    from learner.checkpoint import newest_fence
-
-    continued = newest_fence(run / "checkpoints") > 0
-    client.create(schema, limits, token="resume" if continued else None)
-
-
-def take_fence(client: ReplayClient | ShardedClient, run: Path) -> int:
-    """Return a fence above all that this run ever had, also if the server has lost its data."""
-    from learner.checkpoint import newest_fence
-
-    before = newest_fence(run / "checkpoints")
-    if before and not client.stats().fence:
-        # Lives that ended before their first checkpoint had fences too.
-        return client.acquire_fence(before + LIVES)
-    return client.acquire_fence()
-
-
-def make_reseeder(
-    config: TrainConfig, url: str, learner: Learner, limits: Limits
-) -> Reseeder | ShardedReseeder:
-    """Prepare for servers that lose their data. Records go back with the rights of an actor."""
-
-    def writer(address: str) -> ReplayClient:
-        return ReplayClient(address_for(address, config.replay, "actor"))
-
-    client, addresses = learner.client, split_addresses(url)
-    if isinstance(client, ShardedClient):
-        limits = client.limits_of_each(limits)
-    reseeders = [
-        Reseeder(
-            one,
-            partial(writer, address),
-            learner.mirror.of(number),
-            limits,
-            fence=learner.fence,
-            mode=config.replay.on_data_loss,
-            codec=config.replay.codec,
-        )
-        for number, (one, address) in enumerate(zip(servers_of(client), addresses, strict=True))
-    ]
-    return reseeders[0] if len(reseeders) == 1 else ShardedReseeder(client, reseeders)
-
-
 def export_fleet(learner: Learner, fleet: Crew) -> None:
     """Serve the metrics of the fleet at the learner's port: this process supervises it."""
     from actors.metrics import FleetMetrics
@@ -542,9 +457,10 @@ def count_on(learner: Learner, saved: Checkpoint | None) -> None:
     learner.client.restored(learner.fence)
 
 
-def heeded(config: TrainConfig, run: Path, fleet: Crew) -> list[dict[str, Any]]:
+def heeded(run: Path, fleet: Crew, joining: Joining) -> list[dict[str, Any]]:
     """Follow `dreamfleet scale`, and return what each actor says about itself."""
-    heed_order(config, run, fleet)
+    heed_order(run, fleet)
+    joining.heed()
     return fleet.stats()
 
 

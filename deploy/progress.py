@@ -270,9 +270,16 @@ def _facts(snapshot: Snapshot) -> RenderableType:
         grid.add_row("waits for", str(snapshot["waiting_for"]))
     if snapshot.get("inserts_wait"):
         grid.add_row("actors", str(snapshot["inserts_wait"]))
+    if servers := snapshot.get("replay_servers"):
+        grid.add_row("replay", "\n".join(map(_server, servers)))
     grid.add_row("time goes to", _shares(snapshot))
     grid.add_row("losses", _losses(snapshot))
     return grid
+
+
+def _server(server: Mapping[str, Any]) -> str:
+    state = f" · away: {server['away']}" if server["away"] else ""
+    return f"{server['address']} · {count(server['inserted_steps'])} steps inserted{state}"
 
 
 def _ratio(snapshot: Snapshot) -> str:

@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config
+from deploy.config import EMBEDDED, FILE_NAME, ConfigError, TrainConfig, load_config
 from deploy.progress import console, count, duration
 from deploy.status import require_run
 from replay_service import (
@@ -309,7 +309,7 @@ def open_replays(
         ConfigError: there is no run, or it has no replay yet (unless `create`).
         ReplayError: the server cannot be used.
     """
-    from deploy.launch import replay_server
+    from deploy.servers import replay_server, resolved
 
     with ExitStack() as stack:
         if "://" in target:
@@ -317,11 +317,15 @@ def open_replays(
         else:
             run = require_run(Path(target))
             config = load_config(run / FILE_NAME)
-            knobs, embedded = config.replay, config.redis == "embedded"
+            knobs, embedded = config.replay, EMBEDDED in config.addresses
             found = _running_server(run / "replay", knobs) if embedded else None
             if found is None and embedded and not create:
                 _require_data(run)
-            url = found or stack.enter_context(replay_server(config, run))
+            url = (
+                resolved(config, found)
+                if found
+                else stack.enter_context(replay_server(config, run))
+            )
         clients = list[ReplayClient]()
         for address in split_addresses(url):
             clients.append(ReplayClient(address_for(address, knobs, "admin")))

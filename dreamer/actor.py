@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dreamer import ops
 from dreamer.dists import ActionDist, Categorical, Part
+from dreamer.loop import Inside
 from dreamer.nets import MLP, RMS_SILU, Style
 from dreamer.spaces import (
     ActionSpace,
@@ -111,8 +112,8 @@ class Actor(nn.Module):
     def _widths(spec: ActionSpec) -> tuple[int, ...]:
         return (spec.size, spec.size) if isinstance(spec, BoxAction) else discrete_classes(spec)
 
-    def forward(self, feature: Tensor) -> ActionDist:
-        outputs = self.out(self.mlp(feature)).float()
+    def forward(self, feature: Tensor, loop: Inside | None = None) -> ActionDist:
+        outputs = self.out(self.mlp(feature, loop), loop).float()
         parts: list[Part] = []
         start = 0
         for spec in self.codec.space.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from dreamer.batch import Batch
 from dreamer.config import AgentConfig
 from dreamer.decoder import Decoder
 from dreamer.encoder import Encoder
+from dreamer.loop import Inside, Step, without_gradient
 from dreamer.normalize import PercentileScale
 from dreamer.presets import AGENTS
 from dreamer.rssm import RSSM, State
@@ -171,17 +173,26 @@ class Agent(nn.Module):
     def imagine(self, rollout: Rollout) -> Trajectory:
         """Return trajectories from every replayed state under the current policy."""
         start = rollout.states.detach().flatten()
-        roll = imagination.differentiable if self.differentiable else imagination.sampled
-        return Trajectory(*roll(self.imagined_step, start, self.horizon))
+        if self.differentiable:
+            roll = imagination.differentiable(self.imagined_step, start, self.horizon)
+        else:
+            fixed = without_gradient(*self.rssm.imagination_layers(), self.actor)
+            step = partial(self.imagined_step, fixed=fixed)
+            roll = imagination.sampled(step, start, self.horizon)
+        return Trajectory(*roll)
 
-    def imagined_step(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def imagined_step(
+        self, deter: Tensor, stoch: Tensor, fixed: Step | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Act in (N, D), flat (N, Z), and return the next two and the action (N, A).
 
         The policy's input has no gradient: a policy acts on what is, it does not arrange it.
+        ``fixed`` stands in for the parameters where no gradient is wanted.
         """
-        policy = self.actor(torch.cat([deter, stoch], -1).detach())
+        loop = None if fixed is None else Inside(fixed)
+        policy = self.actor(torch.cat([deter, stoch], -1).detach(), loop)
         action = policy.rsample() if self.differentiable else policy.sample()
-        return (*self.rssm.imagine_step(deter, stoch, action), action)
+        return (*self.rssm.imagine_step(deter, stoch, action, loop), action)
 
     def behaviour_losses(
         self, batch: Batch, rollout: Rollout, trajectory: Trajectory
@@ -207,12 +218,14 @@ class Agent(nn.Module):
         The recurrent steps are compiled once and called in a loop: compiling the unrolled loops
         takes minutes and gains little more.
         """
-        parts: list[tuple[nn.Module, str]] = [(self.rssm, "observe_step")]
+        parts: list[tuple[nn.Module, str]] = [(self.rssm, "observe_step_inside")]
         parts += [(self, name) for name in ("model_losses", "imagined_step", "behaviour_losses")]
+        on_cpu = next(self.parameters()).device.type == "cpu"
+        if not on_cpu:
+            # Pooling, norms and activations between the convolutions become one kernel each.
+            parts += [(self.encoder, "forward"), (self.rssm, "prior")]
         # The compiled generator of random numbers is one thread and one number at a time on CPUs.
-        options: dict[str, str | int | bool | Callable[..., Any]] = {
-            "fallback_random": next(self.parameters()).device.type == "cpu"
-        }
+        options: dict[str, str | int | bool | Callable[..., Any]] = {"fallback_random": on_cpu}
         for owner, name in parts:
             compiled = torch.compile(getattr(owner, name), dynamic=False, options=options)
             setattr(owner, name, compiled)

@@ -9,7 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer import ops
-from dreamer.nets import PLAIN_ELU, BlockLinear, Dense, LayerNorm, Linear, RMSNorm, Style
+from dreamer.loop import Inside
+from dreamer.nets import (
+    PLAIN_ELU,
+    BlockLinear,
+    Dense,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    SplitDense,
+    Style,
+)
 
 
 class Core(Protocol):
@@ -18,10 +28,18 @@ class Core(Protocol):
     deter: int
     """Width D of the state."""
 
-    def project_action(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor, loop: Inside | None = None) -> Tensor:
         """(…, A) → (…, X): what depends on the action alone, for all time steps at once."""
 
-    def __call__(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    def state_layers(self) -> list[nn.Module]:
+        """Return what depends on the state, so that a rollout applies it at every step."""
+
+    def action_layers(self) -> list[nn.Module]:
+        """Return what `project_action` applies, as far as it can run inside a loop."""
+
+    def __call__(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, loop: Inside | None = None
+    ) -> Tensor:
         """(N, D), flat sample (N, Z), projected action (N, X) → next state (N, D)."""
 
 
@@ -49,12 +67,24 @@ class BlockGRU(nn.Module):
         self.hidden_norm = RMSNorm(deter)
         self.gates = BlockLinear(deter, 3 * deter, blocks)
 
-    def project_action(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor, loop: Inside | None = None) -> Tensor:
         """(…, A) → (…, D): the part of the hidden layer that depends on the action alone."""
-        projected: Tensor = self.hidden_action(self.action_in(ops.unit_scale(action)))
+        hidden = self.action_in(ops.unit_scale(action), loop)
+        projected: Tensor = self.hidden_action(hidden, loop)
         return projected
 
-    def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    def state_layers(self) -> list[nn.Module]:
+        """Return all layers but those of the action."""
+        inputs = [self.deter_in, self.stoch_in]
+        return [*inputs, self.hidden_deter, self.hidden_state, self.hidden_norm, self.gates]
+
+    def action_layers(self) -> list[nn.Module]:
+        """Return the layers of the action."""
+        return [self.action_in, self.hidden_action]
+
+    def forward(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, loop: Inside | None = None
+    ) -> Tensor:
         """Return the next deterministic state (N, D).
 
         Args:
@@ -62,9 +92,9 @@ class BlockGRU(nn.Module):
             stoch: (N, S·K) flat sample.
             action: (N, D) from `project_action`.
         """
-        inputs = torch.cat([self.deter_in(deter), self.stoch_in(stoch)], -1)
-        hidden = self.hidden_deter(deter) + self.hidden_state(inputs) + action
-        gates = self.gates(F.silu(self.hidden_norm(hidden))).float()
+        inputs = torch.cat([self.deter_in(deter, loop), self.stoch_in(stoch, loop)], -1)
+        hidden = self.hidden_deter(deter, loop) + self.hidden_state(inputs, loop) + action
+        gates = self.gates(F.silu(self.hidden_norm(hidden, loop)), loop).float()
         # The gates are split inside each block, then regrouped.
         reset, cand, update = gates.unflatten(-1, (self.blocks, 3, -1)).unbind(-2)
         cand = torch.tanh(torch.sigmoid(reset) * cand).flatten(-2)
@@ -77,18 +107,15 @@ class InputLayer(nn.Module):
 
     def __init__(self, stoch: int, action: int, hidden: int, style: Style) -> None:
         super().__init__()
-        self.dense = Dense(stoch + action, hidden, style)
-        self.stoch = stoch
+        self.dense = SplitDense(stoch, action, hidden, style)
 
     def project_action(self, action: Tensor) -> Tensor:
         """(…, A) → (…, U), bias included."""
-        linear = self.dense.linear
-        return F.linear(action, linear.weight[:, self.stoch :], linear.bias)
+        return self.dense.project(action)
 
-    def forward(self, stoch: Tensor, action: Tensor) -> Tensor:
+    def forward(self, stoch: Tensor, action: Tensor, loop: Inside | None = None) -> Tensor:
         """(N, Z), projected action (N, U) → (N, U)."""
-        weight = self.dense.linear.weight[:, : self.stoch]
-        return self.dense.finish(F.linear(stoch, weight) + action)
+        return self.dense.finish(stoch, action, loop)
 
 
 class KerasGRU(nn.Module):
@@ -105,13 +132,23 @@ class KerasGRU(nn.Module):
         nn.init.zeros_(self.cell.bias_ih)
         nn.init.zeros_(self.cell.bias_hh)
 
-    def project_action(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor, loop: Inside | None = None) -> Tensor:
         """(…, A) → (…, U)."""
         return self.input.project_action(action)
 
-    def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    def state_layers(self) -> list[nn.Module]:
+        """Return the input layer; the cell is PyTorch's, with parameters of its own."""
+        return [self.input]
+
+    def action_layers(self) -> list[nn.Module]:
+        """Return nothing: the action goes through a part of the input layer."""
+        return []
+
+    def forward(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, loop: Inside | None = None
+    ) -> Tensor:
         """Return the next deterministic state (N, D)."""
-        state: Tensor = self.cell(self.input(stoch, action), deter)
+        state: Tensor = self.cell(self.input(stoch, action, loop), deter)
         return state.float()
 
 
@@ -138,13 +175,24 @@ class LayerNormGRU(nn.Module):
         self.gates = Linear(hidden + deter, 3 * deter, init=style.hidden_init, bias=style.bias)
         self.norm = LayerNorm(3 * deter)
 
-    def project_action(self, action: Tensor) -> Tensor:
+    def project_action(self, action: Tensor, loop: Inside | None = None) -> Tensor:
         """(…, A) → (…, U)."""
         return self.input.project_action(ops.unit_scale(action) if self.unit_action else action)
 
-    def forward(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+    def state_layers(self) -> list[nn.Module]:
+        """Return all layers."""
+        return [self.input, self.gates, self.norm]
+
+    def action_layers(self) -> list[nn.Module]:
+        """Return nothing: the action goes through a part of the input layer."""
+        return []
+
+    def forward(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, loop: Inside | None = None
+    ) -> Tensor:
         """Return the next deterministic state (N, D)."""
-        hidden = torch.cat([self.input(stoch, action), deter], -1)
-        reset, cand, update = self.norm(self.gates(hidden).float()).chunk(3, -1)
+        hidden = torch.cat([self.input(stoch, action, loop), deter], -1)
+        gates = self.gates(hidden, loop).float()
+        reset, cand, update = self.norm(gates, loop).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         return torch.lerp(deter, cand, torch.sigmoid(update - 1.0))

@@ -27,8 +27,11 @@ class Latent(Protocol):
     def shape(self) -> tuple[int, ...]:
         """Shape of a sample."""
 
-    def sample(self, stats: Tensor) -> Tensor:
-        """Draw z (…, *shape) with gradient."""
+    def noise(self, *lead: int, device: torch.device) -> Tensor:
+        """Return the random numbers (*lead, …) that `sample` would draw."""
+
+    def sample(self, stats: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw z (…, *shape) with gradient, from random numbers of `noise` where they are given."""
 
     def mode(self, stats: Tensor) -> Tensor:
         """Return the most likely z (…, *shape), with gradient."""
@@ -75,10 +78,14 @@ class GaussianLatent:
         mean, raw = stats.float().chunk(2, -1)
         return mean, self._std(raw)
 
-    def sample(self, stats: Tensor) -> Tensor:
+    def noise(self, *lead: int, device: torch.device) -> Tensor:
+        """Return standard normal numbers (*lead, S)."""
+        return torch.randn(*lead, self.size, device=device)
+
+    def sample(self, stats: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw z (…, S), differentiable in mean and deviation."""
         mean, std = self.moments(stats)
-        return mean + std * torch.randn_like(mean)
+        return mean + std * (torch.randn_like(mean) if noise is None else noise)
 
     def mode(self, stats: Tensor) -> Tensor:
         """Return the mean (…, S)."""
@@ -120,10 +127,14 @@ class OneHotLatent:
         """(…, S·K) logits → (…, S, K) float32 log-probabilities after the uniform mix."""
         return ops.log_unimix(torch.unflatten(stats.float(), -1, self.shape), self.unimix)
 
-    def sample(self, stats: Tensor) -> Tensor:
+    def noise(self, *lead: int, device: torch.device) -> Tensor:
+        """Return numbers (*lead, S, 1), even over [0, 1)."""
+        return torch.rand(*lead, self.stoch, 1, device=device)
+
+    def sample(self, stats: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw z (…, S, K) with the gradient of its probabilities."""
         probs = self.log_probs(stats).exp()
-        onehot = ops.sample_onehot(probs)
+        onehot = ops.sample_onehot(probs, noise)
         return ops.straight_through(onehot, probs) if probs.requires_grad else onehot
 
     def mode(self, stats: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dreamer.loop import Inside
+
 Initialiser = Callable[[Tensor, int, int], None]
 """Fills a weight in place from its fan-in and fan-out."""
 
@@ -42,6 +44,8 @@ def glorot_uniform_(weight: Tensor, fan_in: int, fan_out: int) -> None:
 class Linear(nn.Linear):
     """Affine map; ``outscale`` multiplies what the initialiser draws, 0 starts at zero."""
 
+    slot = 0
+
     def __init__(
         self,
         inputs: int,
@@ -62,6 +66,55 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        """(…, in) → (…, out); inside a loop its step stands in for the parameters."""
+        return super().forward(x) if loop is None else loop.affine(self, x)
+
+    def loop_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (out, in) and bias."""
+        return self.weight, self.bias
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, in) → (N, out) with another weight."""
+        return F.linear(x, weight, bias)
+
+    def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(N, in), (N, out) → (out, in)."""
+        return grad.T @ x
+
+
+class SplitLinear(Linear):
+    """Affine map of [x, y] in two products: y is known for all steps of a loop beforehand.
+
+    Called with [x, y] it is an ordinary `Linear`.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        second: int,
+        outputs: int,
+        *,
+        init: Initialiser = fan_in_normal_,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(first + second, outputs, init=init, bias=bias)
+        self.first = first
+
+    def head(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        """(…, first) → (…, out), without bias."""
+        if loop is None:
+            return F.linear(x, self.weight[:, : self.first])
+        return loop.affine(self, x)
+
+    def tail(self, y: Tensor) -> Tensor:
+        """(…, second) → (…, out), bias included."""
+        return F.linear(y, self.weight[:, self.first :], self.bias)
+
+    def loop_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight of the first inputs (out, first); the bias is the second's."""
+        return self.weight[:, : self.first], None
+
 
 class BlockLinear(nn.Module):
     """Block-diagonal affine map: (…, inputs) → (…, outputs), ``blocks`` equal blocks.
@@ -69,48 +122,83 @@ class BlockLinear(nn.Module):
     The initialiser counts the full input width as fan-in, as the official code does.
     """
 
+    slot = 0
+
     def __init__(self, inputs: int, outputs: int, blocks: int, fan_in: int = 0) -> None:
         super().__init__()
         assert inputs % blocks == 0 and outputs % blocks == 0, (inputs, outputs, blocks)
-        self.blocks = blocks
+        self.blocks, self.out_features = blocks, outputs
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
         trunc_normal_(self.weight, fan_in or inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        lead = x.shape[:-1]
-        grouped = x.reshape(-1, self.blocks, self.weight.shape[1]).transpose(0, 1)
-        bias = self.bias.reshape(self.blocks, 1, -1)
-        out = torch.baddbmm(bias, grouped, self.weight)  # (g, N, out/g)
-        return out.transpose(0, 1).reshape(*lead, -1)
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        """(…, in) → (…, out); inside a loop its step stands in for the parameters."""
+        return self.product(x, self.weight, self.bias) if loop is None else loop.affine(self, x)
+
+    def loop_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (g, in/g, out/g) and bias (out)."""
+        return self.weight, self.bias
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(…, in) → (…, out) with another weight."""
+        grouped = self._grouped(x)
+        if bias is None:
+            out = torch.bmm(grouped, weight)  # (g, N, out/g)
+        else:
+            out = torch.baddbmm(bias.reshape(self.blocks, 1, -1), grouped, weight)
+        return out.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+    def weight_gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(N, in), (N, out) → (g, in/g, out/g)."""
+        return torch.bmm(self._grouped(x).transpose(1, 2), self._grouped(grad))
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.blocks, x.shape[-1] // self.blocks).transpose(0, 1)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean x² + eps) · scale over the last axis, computed in float32 (eps 1e-4)."""
+
+    is_loop_norm, slot = True, 0
 
     def __init__(self, size: int, eps: float = 1e-4) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(x.dtype)
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        weight = self.weight if loop is None else loop.norm(self.slot)[0]
+        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis, computed in float32 with Keras' eps 1e-3."""
 
+    is_loop_norm, slot = True, 0
+
     def __init__(self, size: int) -> None:
         super().__init__(size, eps=1e-3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        weight, bias = (self.weight, self.bias) if loop is None else loop.norm(self.slot)
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class NoNorm(nn.Module):
+    """Changes nothing."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        return x
 
 
 class Style(NamedTuple):
     """How a paper builds its layers: linear → norm → activation, and how weights start."""
 
-    norm: Callable[[int], nn.Module]
+    norm: Callable[[int], RMSNorm | LayerNorm | NoNorm]
     act: Callable[[Tensor], Tensor]
     bias: bool
     """Whether linear maps before a norm have a bias."""
@@ -122,16 +210,11 @@ class Style(NamedTuple):
         return Linear(inputs, outputs, outscale, init=self.output_init)
 
 
-def no_norm(size: int) -> nn.Module:
-    """Return a layer that changes nothing."""
-    return nn.Identity()
-
-
 RMS_SILU = Style(RMSNorm, F.silu, True, fan_in_normal_, fan_in_normal_)
 """DreamerV3, Nature 2025."""
 LAYER_SILU = Style(LayerNorm, F.silu, False, fan_average_normal_, glorot_uniform_)
 """DreamerV3, January 2023."""
-PLAIN_ELU = Style(no_norm, F.elu, True, glorot_uniform_, glorot_uniform_)
+PLAIN_ELU = Style(NoNorm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV1, DreamerV2, DreamerPro."""
 LAYER_ELU = Style(LayerNorm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV2 on Crafter."""
@@ -145,12 +228,31 @@ class Dense(nn.Module):
         self.linear = Linear(inputs, units, init=style.hidden_init, bias=style.bias)
         self.norm, self.act = style.norm(units), style.act
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.linear(x))
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        return self.act(self.norm(self.linear(x, loop), loop))
 
-    def finish(self, x: Tensor) -> Tensor:
-        """Return norm and activation of what the linear map gave."""
-        return self.act(self.norm(x))
+
+class SplitDense(nn.Module):
+    """`Dense` on [x, y], where y is known for all steps of a loop beforehand.
+
+    Called with [x, y] it is an ordinary `Dense`.
+    """
+
+    def __init__(self, first: int, second: int, units: int, style: Style = RMS_SILU) -> None:
+        super().__init__()
+        self.linear = SplitLinear(first, second, units, init=style.hidden_init, bias=style.bias)
+        self.norm, self.act = style.norm(units), style.act
+
+    def forward(self, both: Tensor) -> Tensor:
+        return self.act(self.norm(self.linear(both)))
+
+    def project(self, y: Tensor) -> Tensor:
+        """(…, second) → (…, units): the part of y, bias included."""
+        return self.linear.tail(y)
+
+    def finish(self, x: Tensor, projected: Tensor, loop: Inside | None = None) -> Tensor:
+        """Return the layer's output from (N, first) and what `project` gave for the rest."""
+        return self.act(self.norm(self.linear.head(x, loop) + projected, loop))
 
 
 class MLP(nn.Sequential):
@@ -158,3 +260,8 @@ class MLP(nn.Sequential):
 
     def __init__(self, inputs: int, layers: int, units: int, style: Style = RMS_SILU) -> None:
         super().__init__(*(Dense(units if i else inputs, units, style) for i in range(layers)))
+
+    def forward(self, x: Tensor, loop: Inside | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, loop)
+        return x

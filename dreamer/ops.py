@@ -39,15 +39,17 @@ def onehot(index: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> T
     return zeros.scatter_(-1, index.long()[..., None], 1.0)
 
 
-def sample_onehot(probs: Tensor) -> Tensor:
+def sample_onehot(probs: Tensor, noise: Tensor | None = None) -> Tensor:
     """Draw one-hot vectors over the last axis by inverting the distribution, without gradient.
 
-    One uniform number per draw: on a CPU several times cheaper than one exponential or Gumbel
-    number per class. Counting edges gives exactly one class whatever the rounding.
+    One uniform number per draw, from ``noise`` (…, 1) in [0, 1) if it is given: on a CPU several
+    times cheaper than one exponential or Gumbel number per class. Counting edges gives exactly one
+    class whatever the rounding.
     """
     with torch.no_grad():
         edges = probs.cumsum(-1)
-        point = torch.rand_like(edges[..., :1]) * edges[..., -1:]
+        drawn = torch.rand_like(edges[..., :1]) if noise is None else noise
+        point = drawn * edges[..., -1:]
         passed = (point >= edges[..., :-1]).to(probs.dtype).sum(-1, keepdim=True)
         classes = torch.arange(probs.shape[-1], dtype=probs.dtype, device=probs.device)
         return (passed == classes).to(probs.dtype)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dreamer.core import Core
 from dreamer.latent import Latent
-from dreamer.nets import MLP, RMS_SILU, Dense, Style
+from dreamer.loop import Inside, Loop, Step
+from dreamer.nets import MLP, RMS_SILU, SplitDense, Style
 
 
 class State(NamedTuple):
@@ -50,21 +51,35 @@ class Posterior(nn.Module):
     ) -> None:
         super().__init__()
         assert layers >= 1, layers
-        self.first = Dense(deter + embed, hidden, style)
+        self.first = SplitDense(deter, embed, hidden, style)
         self.rest = MLP(hidden, layers - 1, hidden, style)
         self.logits = style.out(hidden, outputs)
-        self.deter = deter
 
     def project_embed(self, embed: Tensor) -> Tensor:
         """(…, E) → (…, U), bias included."""
-        linear = self.first.linear
-        return nn.functional.linear(embed, linear.weight[:, self.deter :], linear.bias)
+        return self.first.project(embed)
 
-    def forward(self, deter: Tensor, embed: Tensor) -> Tensor:
+    def forward(self, deter: Tensor, embed: Tensor, loop: Inside | None = None) -> Tensor:
         """Return statistics (…, P) from h and the projected embedding."""
-        weight = self.first.linear.weight[:, : self.deter]
-        hidden = self.first.finish(nn.functional.linear(deter, weight) + embed)
-        logits: Tensor = self.logits(self.rest(hidden))
+        hidden = self.first.finish(deter, embed, loop)
+        logits: Tensor = self.logits(self.rest(hidden, loop), loop)
+        return logits
+
+
+class Prior(nn.Sequential):
+    """p(z|h): hidden layers, then the latent's statistics."""
+
+    def __init__(
+        self, deter: int, layers: int, hidden: int, outputs: int, style: Style = RMS_SILU
+    ) -> None:
+        super().__init__(
+            MLP(deter, layers, hidden, style), style.out(hidden if layers else deter, outputs)
+        )
+
+    def forward(self, deter: Tensor, loop: Inside | None = None) -> Tensor:
+        """(…, D) → (…, P)."""
+        hidden, out = self
+        logits: Tensor = out(hidden(deter, loop), loop)
         return logits
 
 
@@ -84,10 +99,7 @@ class RSSM(nn.Module):
         super().__init__()
         self.core, self.latent = core, latent
         outputs = latent.stats_size
-        self.prior_net = nn.Sequential(
-            MLP(core.deter, prior_layers, hidden, style),
-            style.out(hidden if prior_layers else core.deter, outputs),
-        )
+        self.prior_net = Prior(core.deter, prior_layers, hidden, outputs, style)
         self.posterior = Posterior(core.deter, embed, post_layers, hidden, outputs, style)
 
     def initial(self, batch_size: int) -> State:
@@ -96,9 +108,9 @@ class RSSM(nn.Module):
         deter = torch.zeros(batch_size, self.core.deter, device=device)
         return State(deter, torch.zeros(batch_size, *self.latent.shape, device=device))
 
-    def prior(self, deter: Tensor) -> Tensor:
+    def prior(self, deter: Tensor, loop: Inside | None = None) -> Tensor:
         """Return the prior's statistics (…, P) from (…, D)."""
-        logits: Tensor = self.prior_net(deter)
+        logits: Tensor = self.prior_net(deter, loop)
         return logits
 
     def observe(
@@ -118,17 +130,19 @@ class RSSM(nn.Module):
         keep = (~is_first).float()[..., None]  # (B, T, 1)
         actions = self.core.project_action(prev_action * keep).unbind(1)
         embeds = self.posterior.project_embed(embed).unbind(1)
-        deters, stochs, logits = [], [], []
-        deter, stoch = state
-        stoch = stoch.flatten(1)
-        start = self.start()
-        for action, observed, mask in zip(actions, embeds, keep.unbind(1), strict=True):
-            deter, stoch, stats = self.observe_step(deter, stoch, action, observed, mask, start)
-            deters.append(deter)
-            stochs.append(stoch)
-            logits.append(stats)
+        rows, steps = is_first.shape
+        noise = self.latent.noise(steps, rows, device=embed.device).unbind(0)
+        loop = Loop(*self.core.state_layers(), self.posterior, steps=steps, rows=rows)
+        deter, stoch = state.deter, state.stoch.flatten(1)
+        start, found = self.start(), []
+        for t, mask in enumerate(keep.unbind(1)):
+            given = (actions[t], embeds[t], mask, start, noise[t])
+            found.append(self.observe_step_inside(deter, stoch, *given, loop.steps[t]))
+            deter, stoch, *_ = found[-1]
+        deters, stochs, stats, inputs = zip(*found, strict=True)
+        loop.note(list(inputs))
         stacked = torch.unflatten(torch.stack(stochs, 1), -1, self.latent.shape)
-        return State(torch.stack(deters, 1), stacked), torch.stack(logits, 1)
+        return State(torch.stack(deters, 1), stacked), torch.stack(stats, 1)
 
     def start(self) -> tuple[Tensor, Tensor] | None:
         """Return where episodes start, (D) and (S·K), or None for zeros."""
@@ -142,6 +156,8 @@ class RSSM(nn.Module):
         embed: Tensor,
         keep: Tensor,
         start: tuple[Tensor, Tensor] | None = None,
+        noise: Tensor | None = None,
+        loop: Inside | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (deter (B, D), flat stoch (B, S·K), statistics) after one posterior step.
 
@@ -151,14 +167,36 @@ class RSSM(nn.Module):
         if start is not None:
             deter = deter + start[0] * (1.0 - keep)
             stoch = stoch + start[1] * (1.0 - keep)
-        deter = self.core(deter, stoch, action)
-        stats = self.posterior(deter, embed)
-        return deter, self.latent.sample(stats).flatten(1), stats
+        deter = self.core(deter, stoch, action, loop)
+        stats = self.posterior(deter, embed, loop)
+        return deter, self.latent.sample(stats, noise).flatten(1), stats
 
-    def imagine_step(self, deter: Tensor, stoch: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+    def observe_step_inside(
+        self,
+        deter: Tensor,
+        stoch: Tensor,
+        action: Tensor,
+        embed: Tensor,
+        keep: Tensor,
+        start: tuple[Tensor, Tensor] | None,
+        noise: Tensor,
+        step: Step,
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Return what `observe_step` does, and what the layers of the loop were given."""
+        loop = Inside(step)
+        after = self.observe_step(deter, stoch, action, embed, keep, start, noise, loop)
+        return (*after, loop.inputs)
+
+    def imagination_layers(self) -> list[nn.Module]:
+        """Return what `imagine_step` applies, the layers that `observe` applies too first."""
+        return [*self.core.state_layers(), self.prior_net, *self.core.action_layers()]
+
+    def imagine_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, loop: Inside | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (deter (N, D), flat stoch (N, S·K)) after one prior step with action (N, A)."""
-        deter = self.core(deter, stoch, self.core.project_action(action))
-        return deter, self.latent.sample(self.prior(deter)).flatten(1)
+        deter = self.core(deter, stoch, self.core.project_action(action, loop), loop)
+        return deter, self.latent.sample(self.prior(deter, loop)).flatten(1)
 
 
 class LearnedStartRSSM(RSSM):

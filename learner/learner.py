@@ -6,7 +6,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from dreamer.agent import Agent
 from learner import checkpoint
 from learner.batch import make_batch
 from learner.config import LearnerConfig
+from learner.errands import Errands
 from learner.offline import NoPublisher
 from learner.pace import Pace
 from learner.publish import Publisher
@@ -26,6 +26,7 @@ from learner.record import Recorder
 from learner.skipped import save_batch
 from learner.status import Snapshot
 from learner.step import UpdateStep
+from learner.throttle import Throttle
 from learner.video import write_videos
 from learner.waits import Standstill, lasting
 from replay_service import (
@@ -35,6 +36,7 @@ from replay_service import (
     ReplayMissing,
     ReplayUnavailable,
     Reseeder,
+    ShardedClient,
     ShardedReseeder,
     continue_account,
 )
@@ -83,6 +85,7 @@ class Learner:
     3. ``run`` ends when the target is reached and every update that its steps pay for is done, or
        soon after ``stop`` is set; a checkpoint of everything is on the disk either way.
     4. A resumed learner continues counters, optimiser, normalisers and the limiter's account.
+    5. What other threads want of it is done in its own, ``between`` two updates.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Learner:
         self.limiter, self.pace, self.publisher = limiter, pace, publisher
         self.recorder, self.fence, self.reseeder = recorder, fence, reseeder
         self.updates = 0
-        self.stop = threading.Event()
+        self.stop, self.between = threading.Event(), Errands()
         self.outcome = ""
         self._values: dict[str, float] = {}
         self._no_updates, self._no_inserts = Standstill(), Standstill()
@@ -159,16 +162,20 @@ class Learner:
         """
         self._publish_if_due()
         self._settle(now=True)
-        while not (self.stop.is_set() or self._complete()):
-            self._absorb()
-            if self.pace.may_update(self.updates):
-                self._update()
-            else:
-                self._wait()
-            self._publish_if_due()
-            self._checkpoint_if_due()
-            self._log_if_due()
-            self._settle()
+        try:
+            while not (self.stop.is_set() or self._complete()):
+                self._absorb()
+                if self.pace.may_update(self.updates):
+                    self._update()
+                else:
+                    self._wait()
+                self._publish_if_due()
+                self._checkpoint_if_due()
+                self._log_if_due()
+                self._settle()
+                self.between.run()
+        finally:
+            self.between.close()
         return self._finish()
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -196,6 +203,11 @@ class Learner:
         if self.facts.lockstep:
             self._restore_latents(state["latents"])
 
+    def share_replay(self, client: ShardedClient, limiter: Any, reseeder: ShardedReseeder) -> None:
+        """Go on with more replay servers than before; for an errand `between` updates."""
+        self.client, self.reseeder = client, reseeder
+        self.limiter = self.pace.limiter = limiter
+
     def continue_account(self, env_steps: int) -> None:
         """Count on from so many environment steps where a server has lost its data and is empty."""
         log.error(
@@ -211,7 +223,7 @@ class Learner:
             fence=self.fence,
             inserted_steps=env_steps,
             replayed_steps=self.replayed_steps,
-            budget_steps=self._budget(),
+            budget_steps=self.budget(),
         )
 
     def snapshot(self) -> Snapshot:
@@ -229,6 +241,7 @@ class Learner:
             weights_age_s=age,
             waiting_for=lasting(*self._updates_wait()),
             inserts_wait=self._who_waits(),
+            replay_servers=self.client.shards,
             phase=self.outcome or None,
         )
 
@@ -374,7 +387,7 @@ class Learner:
 
     def _settle_or_restore(self) -> None:
         try:
-            self.client.settle(self.fence, self.replayed_steps, self._budget())
+            self.client.settle(self.fence, self.replayed_steps, self.budget())
         except ReplayMissing:
             if self.reseeder is None:
                 raise
@@ -382,7 +395,7 @@ class Learner:
 
     def _restore_replay(self, reseeder: Reseeder | ShardedReseeder) -> None:
         """Put the replay that the server has lost back, as far as the mirror has it."""
-        events = reseeder.run(self.replayed_steps, self._budget(), self.stop.is_set)
+        events = reseeder.run(self.replayed_steps, self.budget(), self.stop.is_set)
         self.recorder.score(events)
 
     def _restore_if_replaced(self) -> None:
@@ -397,7 +410,7 @@ class Learner:
         except ReplayUnavailable as error:
             log.debug("replay_unknown error=%s", error)
 
-    def _budget(self) -> int:
+    def budget(self) -> int:
         """Return the total of inserted steps up to which actors are admitted."""
         if self.facts.lockstep:
             return UNLIMITED  # its actors step when they are asked to
@@ -464,8 +477,9 @@ class Learner:
             "replay_size_steps": mirror.size_steps,
             "replay_ratio_target": target,
             "replay_drift_steps": drift,
-            "replay_budget_steps": self._budget(),
+            "replay_budget_steps": self.budget(),
             "replay_memory_share": self._memory_share(),
+            "replay_servers": len(self.client.shards) or 1,
             "replay_servers_away": self.client.away,
             "mirror_memory_share": self._mirror_memory.watch(*mirror.memory()),
             "mirror_queue_share": mirror.queue_share,
@@ -565,28 +579,6 @@ def _with_held(priorities: dict[str, Any], convert: Callable[[Any], Any]) -> dic
     if not priorities:
         return {}
     return priorities | {"held": [(sid, at, convert(x)) for sid, at, x in priorities["held"]]}
-
-
-class Throttle:
-    """Keep the host at most a few updates ahead of a device that works asynchronously.
-
-    Without it the host would queue updates for as long as the limiter allows, and then seem to
-    wait for the environments while the device is the limit. Nothing to do on the CPU.
-    """
-
-    def __init__(self, device: torch.device, ahead: int = 2) -> None:
-        self._enabled, self._ahead = device.type == "cuda", ahead
-        self._events: deque[torch.cuda.Event] = deque()
-
-    def submitted(self) -> None:
-        """Note one more update, and block while too many are unfinished."""
-        if not self._enabled:
-            return
-        event = torch.cuda.Event(blocking=True)
-        event.record()
-        self._events.append(event)
-        if len(self._events) > self._ahead:
-            self._events.popleft().synchronize()
 
 
 def _mix(seed: int, update: int) -> int:

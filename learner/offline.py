@@ -12,7 +12,7 @@ class OfflinePace:
     """Updates without end or, with a target, until it is reached; nothing is waited for."""
 
     def __init__(self, mirror: Any, target_updates: int) -> None:
-        self.reason = ""
+        self.reason, self.limiter = "", None
         self._mirror, self._target = mirror, target_updates
 
     def may_update(self, updates: int) -> bool:
@@ -57,7 +57,7 @@ class NoAccount:
 class NoServer:
     """The server of a learner that only reads: what it has replayed is settled with nobody."""
 
-    trouble, away = "", 0
+    trouble, away, shards = "", 0, ()
 
     def settle(self, fence: int, replayed_steps: int, budget_steps: int) -> None:
         """Do nothing."""

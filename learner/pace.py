@@ -11,6 +11,8 @@ class Pace(Protocol):
 
     reason: str
     """Why no update may start now; empty if one may."""
+    limiter: Any
+    """The account that is kept."""
 
     def may_update(self, updates: int) -> bool:
         """Return whether the next update may start."""
@@ -30,16 +32,16 @@ class FreePace:
 
     def __init__(self, mirror: Any, limiter: Any) -> None:
         self.reason = ""
-        self._mirror, self._limiter = mirror, limiter
+        self._mirror, self.limiter = mirror, limiter
 
     def may_update(self, updates: int) -> bool:
         """Return whether the limiter allows the next update on what has been absorbed."""
         mirror = self._mirror
-        allowed = self._limiter.may_start_update(mirror.size_steps, mirror.inserted_steps, updates)
+        allowed = self.limiter.may_start_update(mirror.size_steps, mirror.inserted_steps, updates)
         if allowed and not mirror.valid_starts:
             self.reason = "updates wait for the first whole window"
             return False
-        self.reason = self._limiter.reason
+        self.reason = self.limiter.reason
         return bool(allowed)
 
     def more(self, updates: int, timeout_s: float) -> None:
@@ -75,14 +77,14 @@ class LockstepPace:
         cut: Callable[[], None],
     ) -> None:
         self.reason = ""
-        self._mirror, self._limiter = mirror, limiter
+        self._mirror, self.limiter = mirror, limiter
         self._collect, self._cut = collect, cut
         self._expected = 0
         self._cut_due = False
 
     def may_update(self, updates: int) -> bool:
         """Return whether a whole round has been absorbed, and an update is owed for it."""
-        mirror, limiter = self._mirror, self._limiter
+        mirror, limiter = self._mirror, self.limiter
         if mirror.inserted_steps < self._expected:
             self.reason = "updates wait for the rest of the round"
             return False

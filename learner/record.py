@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,7 @@ class Recorder:
         weights_age_s: float | None,
         waiting_for: str,
         inserts_wait: str = "",
+        replay_servers: Sequence[Mapping[str, Any]] = (),
         target_updates: int | None = None,
         phase: str | None = None,
     ) -> Snapshot:
@@ -233,6 +234,7 @@ class Recorder:
             phase=phase or self.clock.phase,
             waiting_for=waiting_for,
             inserts_wait=inserts_wait,
+            replay_servers=[dict(server) for server in replay_servers],
             pid=os.getpid(),
             started_at=self.started_at,
             per_actor=self.actors,

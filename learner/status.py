@@ -56,6 +56,9 @@ class Snapshot:
     """Wall-clock time at which this process started, in seconds."""
     per_actor: list[dict[str, Any]] = field(default_factory=list)
     """What each actor says about itself."""
+    replay_servers: list[dict[str, Any]] = field(default_factory=list)
+    """Of several replay servers each: its address, steps inserted, held and admitted, and why it is
+    away, if it is."""
     eval_mean20: float | None = None
     """Mean return of the last 20 evaluation episodes; None before the first."""
     target_updates: int | None = None

@@ -235,7 +235,9 @@ class UpdateStep:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # The thread that publishes weights uses the device meanwhile; by default whatever another
+        # thread does there that a capture cannot hold would end the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._run()
         self._captured = self._latents
         self._graph = graph

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         ReplayFenced,
         ReplayFull,
         ReplayMissing,
+        ReplayOwned,
         ReplaySchemaError,
         ReplayTimeout,
         ReplayUnavailable,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from replay_service.schema import Column, Schema
     from replay_service.security import address_for, has_password, is_loopback, with_absolute_paths
     from replay_service.server import EmbeddedServer
-    from replay_service.sharded import ShardedClient
+    from replay_service.sharded import ShardedClient, prepare_shard
     from replay_service.shards import BudgetSplit, shard_of, split_addresses
     from replay_service.writer import ChunkWriter, Uploader, UploadStats
 
@@ -67,6 +68,7 @@ _HOMES = {
         "ReplayFenced",
         "ReplayFull",
         "ReplayMissing",
+        "ReplayOwned",
         "ReplaySchemaError",
         "ReplayTimeout",
         "ReplayUnavailable",
@@ -82,7 +84,7 @@ _HOMES = {
     "schema": ("Column", "Schema"),
     "security": ("address_for", "has_password", "is_loopback", "with_absolute_paths"),
     "server": ("EmbeddedServer",),
-    "sharded": ("ShardedClient",),
+    "sharded": ("ShardedClient", "prepare_shard"),
     "shards": ("BudgetSplit", "shard_of", "split_addresses"),
     "writer": ("ChunkWriter", "UploadStats", "Uploader"),
 }
@@ -119,6 +121,7 @@ __all__ = [
     "ReplayFenced",
     "ReplayFull",
     "ReplayMissing",
+    "ReplayOwned",
     "ReplaySchemaError",
     "ReplayStats",
     "ReplayTimeout",
@@ -147,6 +150,7 @@ __all__ = [
     "is_loopback",
     "listed",
     "plan_limits",
+    "prepare_shard",
     "shard_of",
     "split_addresses",
     "with_absolute_paths",

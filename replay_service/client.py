@@ -21,6 +21,7 @@ from replay_service.errors import (
     ReplayConfigError,
     ReplayFenced,
     ReplayMissing,
+    ReplayOwned,
     ReplaySchemaError,
 )
 from replay_service.schema import Schema
@@ -90,15 +91,19 @@ class ReplayClient:
         url: ``unix:///path``, ``redis://host:port`` or ``rediss://…``.
         shard: number of the shard, part of every key.
         timeout_s: deadline of one call.
+        owner: for whom `create` makes the replay: a word that nobody else has, and words that tell
+            people who that is. Empty takes part in anybody's.
 
     Attributes:
-        trouble, away: empty and 0: of a single server only calls say what goes wrong. A
+        trouble, away, shards: empty and 0: of a single server only calls say what goes wrong. A
             `ShardedClient` notes it.
     """
 
-    def __init__(self, url: str, *, shard: int = 0, timeout_s: float = 5.0) -> None:
-        self.url = url
-        self.trouble, self.away = "", 0
+    def __init__(
+        self, url: str, *, shard: int = 0, timeout_s: float = 5.0, owner: str = ""
+    ) -> None:
+        self.url, self.owner = url, owner
+        self.trouble, self.away, self.shards = "", 0, list[dict[str, Any]]()
         self.shard = shard
         self.timeout_s = timeout_s
         self.address = without_password(url)
@@ -156,6 +161,7 @@ class ReplayClient:
         *,
         token: str | None = None,
         incarnations_from: int = 0,
+        take_over: bool = False,
     ) -> bool:
         """Create the replay, or update the limits of the one that exists.
 
@@ -164,11 +170,13 @@ class ReplayClient:
             limits: what the server enforces. Its budget only counts for a new replay.
             token: of whoever will put something back: a new replay takes nothing else until then.
             incarnations_from: lowest incarnation of streams that begin from now on.
+            take_over: take a replay that has another owner, which then can no longer use it.
 
         Returns:
             Whether the replay is new.
 
         Raises:
+            ReplayOwned: if the server holds the replay of another owner, naming it.
             ReplaySchemaError: if the server holds a replay with other columns, naming them.
             Others as in `check`.
         """
@@ -186,8 +194,12 @@ class ReplayClient:
             limits.max_chunk_steps,
             max_blob_bytes(schema, limits.max_chunk_steps),
             incarnations_from,
-            *([token] if token else []),
+            token or "",
+            self.owner,
+            "1" if take_over else "",
         )
+        if reply[0] == b"OWNED":
+            raise self._owned(reply[1].decode())
         if reply[0] == b"SCHEMA":
             raise self.schema_error(schema, reply[1])
         return bool(reply[1])
@@ -423,16 +435,17 @@ class ReplayClient:
 
     def highest_incarnation(self) -> int:
         """Return an incarnation that no stream of this server exceeds, 0 without a replay."""
-        return highest_incarnation(self._counters())
+        return highest_incarnation(self.counters())
 
     def stats(self) -> ReplayStats:
         """Read all counters at one instant."""
-        values = self._counters()
+        values = self.counters()
         if not values:
             raise self._missing()
         return ReplayStats.of(values)
 
-    def _counters(self) -> dict[str, bytes]:
+    def counters(self) -> dict[str, bytes]:
+        """Return everything that the server keeps about the replay, {} without one."""
         flat = self._fcall("replay_stats", [self._meta])
         return dict(zip((key.decode() for key in flat[::2]), flat[1::2], strict=True))
 
@@ -523,6 +536,13 @@ class ReplayClient:
         except redis.exceptions.RedisError as error:
             function = words[1] if words[0] == "FCALL" else ""
             raise translate(error, self.address, function) from error
+
+    def _owned(self, owner: str) -> ReplayOwned:
+        return ReplayOwned(
+            f"the replay at {self.address} belongs to another run, {owner.partition(' ')[2]}: give "
+            "this run a server of its own (--redis), or empty that one if the other run is not "
+            "wanted any more; --replay.take-over continues the other run's replay with this one"
+        )
 
     def _missing(self) -> ReplayMissing:
         return ReplayMissing(f"no replay has been created on {self.address} yet")

@@ -117,6 +117,9 @@ class ReplayConfig:
     ca_file: Path | None = None
     """Certificate that must have signed the server's, for rediss:// addresses; None is the one in
     the directory of secrets, else what the system trusts."""
+    take_over: bool = False
+    """Continue the replay that another run has left on the server, and end that run if it goes on;
+    otherwise such a server is refused. The run does not remember it."""
     listen: str | None = None
     """address:port at which the embedded server also listens, for actors on other machines; beyond
     loopback it needs secrets. None is a unix socket alone."""

@@ -4,6 +4,7 @@
 
     ReplayError
     ├── ReplayConfigError    a configuration that cannot work, with the arithmetic
+    │   └── ReplayOwned      a server that holds the replay of another run
     ├── ReplayUnavailable    no server, or one that is loading
     │   ├── ReplayTimeout    the server did not answer within the deadline
     │   └── ReplayMissing    a server on which no replay has been created, or that has lost it
@@ -25,6 +26,10 @@ class ReplayError(Exception):
 
 class ReplayConfigError(ReplayError, ValueError):
     """A configuration that cannot work; the message shows the arithmetic and the remedy."""
+
+
+class ReplayOwned(ReplayConfigError):
+    """The server holds the replay of another run; the message names it."""
 
 
 class ReplayUnavailable(ReplayError):

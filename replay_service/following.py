@@ -53,6 +53,11 @@ class FollowedLog:
         self._target = _order(newest) if newest else (0, 0)
         self.tail.start()
 
+    def bound(self, queue_bytes: int) -> None:
+        """Let so many bytes wait from now on."""
+        self._queue_bytes = queue_bytes
+        self.tail.bound(queue_bytes)
+
     def resume(self, after: str, inserted_steps: int) -> None:
         """Begin again behind an entry, after the tail was stopped."""
         self.tail = self._fresh_tail()
@@ -106,11 +111,34 @@ class FollowedLogs:
     def __init__(self, sources: Sequence[LogSource], schema: Schema, *, queue_bytes: int) -> None:
         assert sources, "a mirror needs a log to follow"
         self._changed = threading.Condition()
+        self._schema, self._queue_bytes = schema, queue_bytes
         each = queue_bytes // len(sources)
         self._logs = [
             FollowedLog(source, schema, queue_bytes=each, changed=self._changed)
             for source in sources
         ]
+
+    def join(self, sources: Sequence[LogSource]) -> None:
+        """Follow further logs too, from their oldest entries.
+
+        Raises:
+            ReplayError: a server cannot be used; then only the others are followed, as before.
+        """
+        each = self._queue_bytes // (len(self._logs) + len(sources))
+        joined = [
+            FollowedLog(source, self._schema, queue_bytes=each, changed=self._changed)
+            for source in sources
+        ]
+        try:
+            for one in joined:
+                one.start()
+        except BaseException:
+            for one in joined:
+                one.tail.stop()
+            raise
+        for known in self._logs:
+            known.bound(each)
+        self._logs.extend(joined)
 
     def __getitem__(self, number: int) -> FollowedLog:
         return self._logs[number]

@@ -82,11 +82,18 @@ end
 
 -- KEYS meta; ARGV schema hash, schema text, capacity steps, capacity bytes, min size, budget,
 -- longest chunk, largest chunk in bytes, the lowest incarnation of streams that begin from now on,
--- and for a replay whose contents are to be put back first the token of whoever does (see restore).
--- Repeating it only updates the limits.
+-- for a replay whose contents are to be put back first the token of whoever does (see restore) or
+-- "", for whom it is (a word that no other has, and words about it) or "", and "1" to take it from
+-- another. Repeating it only updates the limits.
+-- Replies: OK 1 if it is new, else 0 | SCHEMA text | OWNED owner.
 local function create(keys, args)
-  local meta = keys[1]
+  local meta, owner = keys[1], args[11] or ''
   local known = redis.call('HGET', meta, 'schema')
+  local before = redis.call('HGET', meta, 'owner') or ''
+  local same = string.match(before, '%S+') == string.match(owner, '%S+')
+  if owner ~= '' and before ~= '' and not same and args[12] ~= '1' then
+    return {'OWNED', before}
+  end
   if known and known ~= args[1] then
     return {'SCHEMA', redis.call('HGET', meta, 'schema_text')}
   end
@@ -100,13 +107,14 @@ local function create(keys, args)
   if int(args[9]) > int(redis.call('HGET', meta, 'incarnations_from')) then
     redis.call('HSET', meta, 'incarnations_from', args[9])
   end
+  if owner ~= '' then redis.call('HSET', meta, 'owner', owner) end
   if known then
     ensure_epoch(meta)
   else
     new_epoch(meta)
     -- A replay that was lost and created again is told from the one before by this.
     redis.call('HSET', meta, 'born', booted[meta])
-    if args[10] then redis.call('HSET', meta, 'restoring', args[10]) end
+    if args[10] and args[10] ~= '' then redis.call('HSET', meta, 'restoring', args[10]) end
   end
   return {'OK', known and 0 or 1}
 end
@@ -299,7 +307,8 @@ end
 -- | NONE. A late or repeated call changes nothing; a new fence may move the account back. A fence
 -- above the known one is that of a learner whose beginning a power cut took from the log: it stays in
 -- charge. One that shares a budget out over several servers numbers its calls to each from 1 on: a
--- smaller budget, once acknowledged, is then not replaced by an earlier call that comes late.
+-- smaller budget, once acknowledged, is then not replaced by an earlier call that comes late, be it
+-- one without a number, from before there were several.
 local function settle(keys, args)
   local meta = keys[1]
   local m = redis.call('HMGET', meta, 'schema', 'fence', 'sampled', 'sampled_fence', 'inserted',
@@ -307,13 +316,12 @@ local function settle(keys, args)
   if not m[1] then return {'NONE'} end
   if int(args[1]) < int(m[2]) then return {'FENCED', int(m[2])} end
   if int(args[1]) > int(m[2]) then redis.call('HSET', meta, 'fence', args[1]) end
-  local turn = int(args[4])
-  local late = int(args[2]) < int(m[3]) or (turn > 0 and turn <= int(m[7]))
+  local turn, known = int(args[4]), int(m[7])
+  local late = int(args[2]) < int(m[3]) or (known > 0 and turn <= known)
   if int(m[4]) ~= int(args[1]) or not late then
-    if turn > 0 then redis.call('HSET', meta, 'turn', args[4]) end
     local id = redis.call('XADD', keys[2], 'MAXLEN', 1, '*', 'budget', args[3])
     redis.call('HSET', meta, 'sampled', args[2], 'sampled_fence', args[1], 'budget', args[3],
-      'wake', id)
+      'wake', id, 'turn', whole(turn))
   end
   return {'OK', int(m[5]), int(m[6])}
 end

@@ -65,6 +65,7 @@ class CreditLimiter:
         self.min_size_steps = min_size_steps
         self.capacity_steps = capacity_steps
         self.shards = shards
+        self._tolerances = insert_tolerance, sample_tolerance
         default = max(4 * batch_steps, math.ceil(2 * self.room_steps * self.train_ratio))
         self.tol_i = default if insert_tolerance is None else insert_tolerance
         self.tol_s = default if sample_tolerance is None else sample_tolerance
@@ -76,6 +77,28 @@ class CreditLimiter:
     def room_steps(self) -> int:
         """Steps of budget with which every shard, however it is split, admits a whole chunk."""
         return self.chunk_steps if self.shards == 1 else self.shards * (self.chunk_steps + 2)
+
+    def over(self, shards: int) -> CreditLimiter:
+        """Return the same account, shared by so many servers.
+
+        With more of them no budget and no tolerance is smaller than before, so that whatever was
+        admitted still is.
+
+        Raises:
+            ReplayConfigError: the tolerances that were given leave no room for so many.
+        """
+        insert_tolerance, sample_tolerance = self._tolerances
+        return CreditLimiter(
+            train_ratio=self.train_ratio,
+            batch_steps=self.batch_steps,
+            chunk_steps=self.chunk_steps,
+            min_size_steps=self.min_size_steps,
+            capacity_steps=self.capacity_steps,
+            insert_tolerance=insert_tolerance,
+            sample_tolerance=sample_tolerance,
+            offset_steps=self.i0,
+            shards=shards,
+        )
 
     def _refuse_deadlocks(self) -> None:
         ratio, batch, chunk = self.train_ratio, self.batch_steps, self.room_steps

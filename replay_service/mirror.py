@@ -256,6 +256,16 @@ class Mirror:
                     "look after the server, then start again: nothing is lost"
                 )
 
+    def follow(self, clients: Sequence[LogSource]) -> None:
+        """Follow further logs from now on, of servers that join; they are numbered on.
+
+        It is for the thread of `absorb`. Blocks for one call to each server.
+
+        Raises:
+            ReplayError: a server cannot be used; then nothing has changed.
+        """
+        self._logs.join(clients)
+
     def stop(self) -> None:
         """Stop following the log; what was absorbed stays readable."""
         self._logs.stop()

@@ -53,6 +53,7 @@ class Reseeder:
         fence: of the learner.
 
     Attributes:
+        limits: see above.
         losses: how often data was lost and `run` has ended.
         progress: what goes on now, in words; empty if nothing does.
     """
@@ -71,7 +72,8 @@ class Reseeder:
         self.losses = 0
         self.progress = ""
         self._client, self._writer, self._mirror = client, writer, mirror
-        self._limits, self._fence, self._mode, self._codec = limits, fence, mode, codec
+        self.limits = limits
+        self._fence, self._mode, self._codec = fence, mode, codec
         self._born = client.stats().born
         self._token = ""
         self._refused = False
@@ -111,7 +113,7 @@ class Reseeder:
             self._events += self._mirror.suspend()
         chunks = _without_holes(self._mirror.held_chunks()) if self._mode == "reseed" else []
         try:
-            self._client.create(self._mirror.schema, self._limits, token=self._token)
+            self._client.create(self._mirror.schema, self.limits, token=self._token)
             self._fill(chunks, replayed_steps, budget_steps, stopped)
         except ReplayConfigError as error:
             # A server may also come back with the data that it seemed to have lost.
@@ -237,8 +239,12 @@ class ShardedReseeder:
     """
 
     def __init__(self, client: ShardedClient, reseeders: Sequence[Reseeder]) -> None:
-        self._client, self._reseeders = client, reseeders
+        self._client, self._reseeders = client, list(reseeders)
         self._lost = set[int]()
+
+    def join(self, one: Reseeder) -> None:
+        """Look after one server more, the last one of the client."""
+        self._reseeders.append(one)
 
     @property
     def losses(self) -> int:

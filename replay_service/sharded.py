@@ -6,13 +6,21 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from replay_service.client import ReplayClient
 from replay_service.config import Limits
 from replay_service.counters import ReplayStats
-from replay_service.errors import ReplayConfigError, ReplayMissing, ReplayUnavailable
+from replay_service.errors import (
+    ReplayConfigError,
+    ReplayError,
+    ReplayFenced,
+    ReplayMissing,
+    ReplayOwned,
+    ReplayUnavailable,
+)
 from replay_service.schema import Schema
 from replay_service.shards import BudgetSplit
 
@@ -23,6 +31,9 @@ PATIENCE_S = 0.25
 RETRY_S = 0.5
 _BEGIN_MEANWHILE = 16
 """Incarnations that streams may take while they are evened out over the shards."""
+_APART = 2**20
+"""Incarnations that a stream may still take elsewhere after a shard has joined to which it moves:
+more than an actor could in years, whichever process has not heard of the shard yet."""
 
 
 class _Call(NamedTuple):
@@ -59,7 +70,7 @@ class ShardedClient:
         3. A stream gets no incarnation on one shard that it had on another.
         4. Every other call needs all shards, and raises if one is away.
 
-    `settle` is for one thread, `trouble` for any.
+    `settle` and `join` are for one thread, `trouble`, `away` and `shards` for any.
 
     Args:
         clients: of the shards, with the rights of a learner; they are closed with this.
@@ -84,12 +95,70 @@ class ShardedClient:
             link.thread.shutdown(wait=False, cancel_futures=True)
             link.client.close()
 
+    @classmethod
+    def of_one(
+        cls, client: ReplayClient, schema: Schema, limits: Limits, *, chunk_steps: int, total: int
+    ) -> ShardedClient:
+        """Return a client of one shard, in the place of a learner's client of one server.
+
+        Args:
+            client: of the learner in charge, who settles with it no more.
+            schema, limits: what the replay was created with.
+            chunk_steps: longest chunk that is inserted at once.
+            total: the largest budget that was ever sent: such a call may still be on its way.
+
+        Raises:
+            ReplayError: the server cannot be used; then nothing has changed.
+        """
+        sharded = cls([client], chunk_steps=chunk_steps)
+        sharded._min_size = limits.min_size_steps
+        client.stats()  # raises if it has lost the replay, which must not begin anew here
+        try:
+            client.create(schema, sharded.limits_of_each(limits))
+            # What it has inserted is asked for when its minimum has gone: from now on its budget
+            # alone counts.
+            sharded.recount()
+        except ReplayError:
+            with suppress(ReplayError):
+                client.create(schema, limits)
+            raise
+        sharded._shared().sent(0, total)
+        return sharded
+
+    def join(self, client: ReplayClient, stats: ReplayStats) -> None:
+        """Share the budget with one server more from now on; see `prepare_shard`.
+
+        It admits nothing yet. Sends nothing, so it cannot fail; for the thread of `settle`.
+
+        Args:
+            client: of the server, with the rights of a learner.
+            stats: what it holds.
+        """
+        self._shared().join(stats.budget_steps, stats.inserted_steps)
+        link = _Link(client, _one_thread(len(self._links)), size_steps=stats.size_steps)
+        self._links.append(link)
+        self.clients = (*self.clients, client)
+        self.address = ", ".join(one.address for one in self.clients)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """What is known of each: {address, inserted_steps, size_steps, budget_steps, away}."""
+        split, now = self._split, time.monotonic()
+        return [
+            {
+                "address": link.client.address,
+                "inserted_steps": split.inserted(at) if split else 0,
+                "size_steps": link.size_steps,
+                "budget_steps": split.reserved(at) if split else 0,
+                "away": f"{link.reason} for {now - link.since:.0f} s" if link.reason else "",
+            }
+            for at, link in enumerate(list(self._links))
+        ]
+
     @property
     def trouble(self) -> str:
         """Which shards do not answer, why and for how many seconds; empty if all do."""
-        now = time.monotonic()
-        away = [link for link in self._links if link.reason]
-        return "; ".join(f"{link.reason} for {now - link.since:.0f} s" for link in away)
+        return "; ".join(one["away"] for one in self.shards if one["away"])
 
     @property
     def away(self) -> int:
@@ -124,7 +193,14 @@ class ShardedClient:
         """Return the budget of a shard as far as it may be in force."""
         return self._shared().reserved(shard)
 
-    def create(self, schema: Schema, limits: Limits, *, token: str | None = None) -> bool:
+    def create(
+        self,
+        schema: Schema,
+        limits: Limits,
+        *,
+        token: str | None = None,
+        take_over: bool = False,
+    ) -> bool:
         """Create the replay on every shard, or update the limits; see `ReplayClient.create`.
 
         Each gets the whole capacity, so that streams may be spread unevenly. The minimum size is
@@ -135,11 +211,14 @@ class ShardedClient:
 
         Raises:
             ReplayConfigError: two addresses lead to the same server.
+            ReplayOwned: one holds the replay of another owner.
         """
         self._require_distinct()
         self._min_size = limits.min_size_steps
         each = self.limits_of_each(limits)
-        new = [client.create(schema, each, token=token) for client in self.clients]
+        new = [
+            client.create(schema, each, token=token, take_over=take_over) for client in self.clients
+        ]
         if len(self.clients) > 1:
             highest = max(client.highest_incarnation() for client in self.clients)
             base = highest + 1 + _BEGIN_MEANWHILE
@@ -279,14 +358,86 @@ class ShardedClient:
         return self._split
 
     def _require_distinct(self) -> None:
-        known = dict[str, str]()
-        for client in self.clients:
-            same = known.setdefault(client.server_id(), client.address)
-            if same != client.address:
-                raise ReplayConfigError(
-                    f"{same} and {client.address} are the same server, and a server is one shard: "
-                    "give each server once"
-                )
+        _require_distinct(self.clients)
+
+
+def _require_distinct(clients: Iterable[ReplayClient]) -> None:
+    known = dict[str, str]()
+    for client in clients:
+        same = known.setdefault(client.server_id(), client.address)
+        if same != client.address:
+            raise ReplayConfigError(
+                f"{same} and {client.address} are the same server, and a server is one shard: "
+                "give each server once"
+            )
+
+
+def prepare_shard(
+    newcomer: ReplayClient,
+    others: Sequence[ReplayClient],
+    schema: Schema,
+    limits: Limits,
+    *,
+    fence: int,
+) -> ReplayStats:
+    """Make a server ready to join those of a replay that is in use, and return what it holds.
+
+    It gets schema, limits and fence of the learner, and admits no insert until that has settled
+    with it. At the others nothing changes; they must all be there. May be repeated, and be called
+    from any thread.
+
+    Args:
+        newcomer: with the rights and the owner's mark of the learner.
+        others: the servers of the replay.
+        schema, limits: what it was created with; the limits are those of all servers.
+        fence: of the learner.
+
+    Raises:
+        ReplayOwned, ReplaySchemaError, ReplayConfigError: the newcomer holds the replay of another
+            run, one with other columns, or steps, or it is one of the others.
+        ReplayUnavailable, ReplayAuthError: one of them cannot be used.
+        ReplayFenced: a newer learner has prepared it.
+    """
+    newcomer.check()
+    _require_distinct([*others, newcomer])
+    _require_unused(newcomer, schema)
+    # Raises if one of them has just lost its replay, and with it what it has given out.
+    for client in others:
+        client.stats()
+    base = max(client.highest_incarnation() for client in others) + _APART
+    each = replace(limits, min_size_steps=0, budget_steps=0)
+    newcomer.create(schema, each, incarnations_from=base)
+    newest = newcomer.stats().fence
+    if newest > fence:
+        raise ReplayFenced(
+            f"a learner with fence {newest} has prepared the server at {newcomer.address}, and "
+            f"this one has {fence}: two learners were started for one run"
+        )
+    if newest < fence:
+        newcomer.acquire_fence(fence)
+    return newcomer.stats()
+
+
+def _require_unused(newcomer: ReplayClient, schema: Schema) -> None:
+    try:
+        known = newcomer.counters()
+    except ReplayMissing:
+        return
+    owner = known.get("owner", b"").decode()
+    if owner and owner.split()[0] != newcomer.owner.split(" ")[0]:
+        raise ReplayOwned(
+            f"the server at {newcomer.address} holds the replay of another run, "
+            f"{owner.partition(' ')[2]}: give a server that holds none"
+        )
+    if known and known["schema"].decode() != schema.hash.hex():
+        raise newcomer.schema_error(schema, known["schema_text"])
+    if int(known.get("inserted", 0)):
+        raise ReplayConfigError(
+            f"the server at {newcomer.address} holds a replay of {int(known['inserted'])} inserted "
+            "steps already, and one that joins a training must hold nothing: empty it (redis-cli "
+            "flushall), or, if its steps are this run's, stop the training and continue it with "
+            "--redis and all addresses"
+        )
 
 
 def _one_thread(shard: int) -> ThreadPoolExecutor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from replay_service.errors import ReplayConfigError
 
-_BETWEEN = re.compile(r"[,;\s]+(?=(?:redis|rediss|unix)://)")
+_BETWEEN = re.compile(r"[,;\s]+(?=(?:redis|rediss|unix)://|embedded(?:[,;\s]|$))")
 
 
 def split_addresses(text: str) -> tuple[str, ...]:
@@ -105,10 +105,21 @@ class BudgetSplit:
         pairs = zip(budgets, committed, strict=True)
         self._shares = [_Share(inserted, budget) for budget, inserted in pairs]
 
+    def join(self, budget: int, committed: int) -> None:
+        """Take one shard more, with the budget that is in force there and what it has inserted.
+
+        It gets more than that only out of what the total leaves over, or others have given up.
+        """
+        self._shares.append(_Share(committed, budget))
+
     @property
     def committed(self) -> int:
         """Steps that are known to be inserted, over all shards."""
         return sum(share.committed for share in self._shares)
+
+    def inserted(self, shard: int) -> int:
+        """Return the steps that a shard is known to have inserted."""
+        return self._shares[shard].committed
 
     def reserved(self, shard: int) -> int:
         """Return the steps that a shard may have inserted by the time that it is heard of again."""

@@ -105,7 +105,7 @@ def gather(
 
 
 def write_back(columns: Mapping[str, Tensor], rows: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Replace rows of some columns in place.
+    """Replace rows of some columns in place; of a row that is there twice the last value stays.
 
     Args:
         columns: name → (rows, *shape).
@@ -113,9 +113,19 @@ def write_back(columns: Mapping[str, Tensor], rows: Tensor, values: Mapping[str,
         values: name → (B, L, *shape) in the columns' dtypes.
     """
     flat = rows.reshape(-1)
+    # Windows overlap. A GPU writes all of them at once, so that a row would end as a mixture of
+    # two windows, another one each time; a CPU writes one after the other.
+    last = last_of_each(flat) if flat.is_cuda else None
     for name, value in values.items():
         column = columns[name]
-        column.index_copy_(0, flat, value.reshape(len(flat), *column.shape[1:]).to(column.device))
+        value = value.reshape(len(flat), *column.shape[1:]).to(column.device)
+        column.index_copy_(0, flat, value if last is None else value[last])
+
+
+def last_of_each(rows: Tensor) -> Tensor:
+    """Return for every place in (N,) the last place that has the same number, (N,) int64."""
+    places = torch.arange(len(rows), device=rows.device)
+    return torch.where(rows[:, None] == rows, places, 0).amax(1)
 
 
 class DeviceStorage:

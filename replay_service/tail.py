@@ -101,6 +101,12 @@ class LogTail:
         if self._thread is not None:
             self._thread.join(self._client.timeout_s + 1.0)
 
+    def bound(self, queue_bytes: int) -> None:
+        """Let so many bytes be queued from now on."""
+        with self._changed:
+            self._limit = queue_bytes
+            self._changed.notify_all()
+
     def __len__(self) -> int:
         return len(self._queue)
 

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
+# Before torch is imported, and for every process of a test: the nets are so small that threads only
+# wait for each other, on a busy machine many times longer than the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True)
 def _restored_logging() -> Iterator[None]:

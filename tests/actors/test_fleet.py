@@ -23,7 +23,7 @@ from actors.hub import sender, start_hub
 from actors.metrics import FleetMetrics
 from actors.weights import HubSource
 from dreamer.weights import pack
-from replay_service import ReplayClient
+from replay_service import ReplayClient, check_server, shard_of
 from replay_service.discovery import LIVE_S
 from replay_service.endpoint import MetricsEndpoint
 from replay_service.exporter import ReplayMetrics, ReplayService, ReplayWatch
@@ -188,6 +188,49 @@ def test_actors_join_and_leave_and_those_that_leave_deliver_what_they_hold(
         assert slot.last["inserted_steps"] == slot.last["env_steps"] > 20
     with pytest.raises(ValueError, match="at least 1 actor, got 0"):
         fleet.scale(0)
+
+
+def test_actors_move_to_a_server_that_joins_and_deliver_first_what_they_hold(
+    client: ReplayClient, source: HubSource, fleets: list[Fleet], tmp_path: Path
+) -> None:
+    number = 0
+    while len(found := homes(client.url, tmp_path / str(number))) != 2 or found[0] != client.url:
+        number += 1
+    with replay_server(tmp_path / str(number)) as other:
+        fleet = launch(fleets, source, make_spec(client, envs=1))
+        until(lambda: states(fleet) == ["acting", "acting"])
+        until(lambda: all(actor["env_steps"] > 20 for actor in fleet.stats()))
+        stays, moves = (actor["pid"] for actor in fleet.stats())
+        assert [actor["server"] for actor in fleet.stats()] == [client.url] * 2
+        leaving = fleet._slots[1]
+        steps = fleet.stats()[1]["env_steps"]
+        fleet.redirect(f"{client.url},{other.url}")
+        until(lambda: fleet.stats()[1].get("server") == other.url)
+        until(lambda: states(fleet) == ["acting", "acting"])
+        first, second = fleet.stats()
+        assert first["pid"] == stays and first["life"] == 0
+        assert second["pid"] != moves and second["life"] == 1
+        # It was not lost, and what it has acted before counts.
+        assert second["restarts"] == 0 and second["env_steps"] >= steps
+        until(lambda: other.stats().inserted_steps > 0)
+        delivered = client.stats().inserted_steps
+        assert delivered >= steps and fleet._slots[1] is leaving
+        # Scaling down takes those that move along, wherever they are on their way.
+        fleet.redirect(client.url)
+        until(lambda: fleet.stats()[1]["state"] in ("draining", "starting"))
+        fleet.scale(1)
+        until(lambda: len(fleet.stats()) == 1)
+        assert fleet.summary()["desired"] == 1 and states(fleet) == ["acting"]
+        for one in (client, other):
+            report = check_server(one)
+            assert not report.findings.found, report
+        fleet.stop(5.0)
+
+
+def homes(url: str, place: Path) -> list[str]:
+    """Return where actors 0 and 1 of a test belong with a server there too, without doubles."""
+    both = [url, f"unix://{place}/redis.sock"]
+    return list(dict.fromkeys(shard_of(f"test-a{slot}", both) for slot in range(2)))
 
 
 def test_fleet_in_lockstep_collects_from_every_actor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import signal
@@ -16,13 +17,14 @@ import pytest
 import ray
 import torch
 from cluster import make_spec, private_ray, replay_server, until
+from ray.exceptions import RayError
 
 from actors.fleet import FleetError, Supervision
 from actors.hub import sender
 from actors.roster import HUB, end_named, find, names_in, namespace_of, standing_hub
 from actors.standing import Plan, StandingFleet, differences
 from dreamer.weights import pack
-from replay_service import ReplayClient
+from replay_service import ReplayClient, shard_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -102,6 +104,54 @@ def test_next_learner_takes_the_same_actors_over_and_the_last_is_refused(
     second.stop(5.0)
     assert names_in(namespace) == [HUB]
     assert not psutil.wait_procs(processes, timeout=20.0)[1]
+
+
+def test_supervisor_that_has_forgotten_a_server_is_told_of_it_again(
+    client: ReplayClient, namespace: str, tmp_path: Path
+) -> None:
+    places = (tmp_path / str(number) for number in itertools.count())
+    place = next(path for path in places if homes(client.url, path)[0] == url_of(path))
+    with replay_server(place) as other:
+        both = f"{client.url},{other.url}"
+        fleet = started(plan_of(client, namespace, actors=1), 1)
+        until(lambda: states(fleet) == ["acting"])
+        fleet.redirect(both)
+        until(lambda: states(fleet) == ["acting"] and servers(fleet) == [other.url])
+        before, host = pids(fleet), find("fleet-train", namespace)
+        assert ray.get(host.plan.remote(), timeout=60).spec.replay_url == both
+        pid = ray.get(host.look.remote(), timeout=60)["pid"]
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: alive_again(host, pid))
+        # Ray starts it as it was first started; the actor is left where it is.
+        until(lambda: ray.get(host.plan.remote(), timeout=60).spec.replay_url == both)
+        until(lambda: states(fleet) == ["acting"])
+        assert pids(fleet) == before and servers(fleet) == [other.url]
+        fleet.leave()
+        # The next learner, which has both from its configuration, takes the fleet over.
+        plan = plan_of(client, namespace, actors=1)
+        second = started(replace(plan, spec=replace(plan.spec, replay_url=both)), 2)
+        until(lambda: states(second) == ["acting"])
+        assert pids(second) == before
+        second.stop(5.0)
+
+
+def url_of(place: Path) -> str:
+    return f"unix://{place}/redis.sock"
+
+
+def homes(url: str, place: Path) -> list[str]:
+    return [shard_of("test-a0", [url, url_of(place)])]
+
+
+def servers(fleet: StandingFleet) -> list[str]:
+    return [actor.get("server", "") for actor in fleet.stats()]
+
+
+def alive_again(host: Any, pid: int) -> bool:
+    try:
+        return bool(ray.get(host.look.remote(), timeout=60)["pid"] != pid)
+    except RayError:
+        return False
 
 
 def test_killed_supervisor_comes_back_and_adopts_the_living(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -114,3 +115,14 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     # Half a second on an idle core; the bound leaves room for a busy machine.
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(("own", "want"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(own: str | None, want: str) -> None:
+    code = "from deploy.cli import main; main(['--help']); import torch"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "true"} | ({"OMP_WAIT_POLICY": own} if own else {})
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert re.search(rf"OMP_WAIT_POLICY *= *'{want}'", done.stderr), done.stderr

@@ -2,24 +2,46 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deploy.config import with_values
-from deploy.launch import replay_server
+from deploy.config import FILE_NAME, load_config, save_config, with_values
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
+from deploy.servers import (
+    connect,
+    create_replay,
+    owner_of,
+    replay_server,
+    servers_here,
+    take_fence,
+)
 from replay_service import (
+    EmbeddedServer,
     Limits,
     ReplayAuthError,
     ReplayClient,
     ReplayConfig,
+    ReplayFenced,
+    ReplayOwned,
     address_for,
+    split_addresses,
     with_absolute_paths,
 )
 from tests.replay_service.records import SCHEMA, chunk, insert
+
+LIMITS = Limits(capacity_steps=1000, capacity_bytes=2**24)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[ReplayClient]:
+    with EmbeddedServer(tmp_path / "server", max_memory_bytes=2**26) as server:
+        made = ReplayClient(server.url)
+        yield made
+        made.close()
 
 
 def test_guarded_server_of_a_run_admits_learner_and_actor_with_their_own_files(
@@ -57,6 +79,55 @@ def test_address_of_a_server_is_used_as_it_is(tmp_path: Path) -> None:
     config = replace(preset("v3-cartpole"), redis="rediss://me@replay.example:6400")
     with replay_server(config, tmp_path) as url:
         assert url == config.redis
+
+
+def test_an_embedded_server_and_others_share_the_work(tmp_path: Path) -> None:
+    config = replace(preset("v3-cartpole"), redis="embedded,redis://other.example:6400")
+    assert config.addresses == ("embedded", "redis://other.example:6400")
+    assert servers_here(config) == 1
+    small = with_values(config, {"replay.redis_memory_bytes": 2**26})
+    with replay_server(small, tmp_path / "run") as url:
+        own, other = split_addresses(url)
+        assert other == "redis://other.example:6400"
+        client = ReplayClient(own)
+        client.check()
+        client.close()
+
+
+def test_what_is_meant_for_one_start_is_not_remembered(tmp_path: Path) -> None:
+    config = with_values(preset("v3-cartpole"), {"replay.take_over": True})
+    save_config(config, tmp_path / FILE_NAME)
+    assert not load_config(tmp_path / FILE_NAME).replay.take_over
+
+
+def test_the_replay_of_another_run_directory_is_refused_and_named(
+    client: ReplayClient, tmp_path: Path
+) -> None:
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        run.mkdir()
+    config = replace(preset("v3-cartpole"), redis=client.url)
+    one, two = (connect(config, client.url, owner_of(run)) for run in runs)
+    create_replay(one, SCHEMA, LIMITS, runs[0])
+    first = take_fence(one, runs[0])
+    with pytest.raises(ReplayOwned, match=f"another run, {runs[0]} on .*: give this run a server"):
+        create_replay(two, SCHEMA, LIMITS, runs[1])
+    # Nothing has changed: the first goes on, and is continued, wherever its directory is by then.
+    one.settle(first, 0, 100)
+    moved = runs[0].rename(tmp_path / "moved")
+    again = connect(config, client.url, owner_of(moved))
+    create_replay(again, SCHEMA, LIMITS, moved)
+    with pytest.raises(ReplayOwned, match=str(moved)):
+        create_replay(two, SCHEMA, LIMITS, runs[1])
+    # Taken over, it belongs to the second alone.
+    create_replay(two, SCHEMA, LIMITS, runs[1], take_over=True)
+    take_fence(two, runs[1])
+    with pytest.raises(ReplayFenced):
+        one.settle(first, 0, 100)
+    with pytest.raises(ReplayOwned, match=str(runs[1])):
+        create_replay(again, SCHEMA, LIMITS, moved)
+    for made in (one, two, again):
+        made.close()
 
 
 def test_password_that_crosses_a_network_in_the_clear_is_warned_of(

@@ -12,10 +12,11 @@ import pytest
 
 from deploy.cli import main, parse_train
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config, with_values
-from deploy.launch import record_schema, replay_server
+from deploy.launch import record_schema
 from deploy.offline import require_columns
 from deploy.presets import preset
 from deploy.probe import EnvFacts
+from deploy.servers import replay_server
 from dreamer.spaces import DiscreteAction, VectorSpec
 from learner.checkpoint import load_newest
 from learner.files import read_rows

@@ -17,9 +17,9 @@ import redis
 
 from deploy.cli import main
 from deploy.config import FILE_NAME, TrainConfig, load_config, save_config
-from deploy.launch import replay_server
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
+from deploy.servers import replay_server
 from replay_service import EmbeddedServer, Limits, ReplayClient, ShardedClient, address_for
 from tests.replay_service.records import SCHEMA, insert_many
 
@@ -146,7 +146,7 @@ def test_several_servers_are_checked_and_exported_one_by_one(
         shown = said(capsys)
         assert "C  stream s1@1 seq 3: the chunk is missing" in shown
         # More is admitted in sum than anybody has paid for.
-        clients[0].settle(fence, 0, 10**6)
+        clients[0].settle(fence, 0, 10**6, turn=100)
         assert main(["replay", "check", str(run)]) == 1
         assert "more inserts are admitted than the train ratio pays for" in said(capsys)
 

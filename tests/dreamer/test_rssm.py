@@ -149,3 +149,17 @@ def test_flatten_merges_batch_and_time_and_detach_cuts_both_parts() -> None:
     assert torch.equal(flat.deter[4], deter[1, 1])
     cut = state.detach()
     assert not cut.deter.requires_grad and not cut.stoch.requires_grad
+
+
+def test_gradients_of_a_rollout_equal_those_of_the_plain_loop() -> None:
+    for post_layers in (1, 2):
+        rssm = make_rssm(post_layers)
+        found = []
+        for observe in (RSSM.observe, plain_observe):
+            torch.manual_seed(2)
+            states, stats = observe(rssm, *window())
+            total = (states.deter**2).sum() + (states.stoch * stats.unflatten(-1, (S, K))).sum()
+            params = [*rssm.core.parameters(), *rssm.posterior.parameters()]
+            found.append(torch.autograd.grad(total, params))
+        for ours, plain in zip(*found, strict=True):
+            close(ours, plain, rtol=1e-3, atol=1e-4)

@@ -106,8 +106,9 @@ def test_data_of_the_server_is_gone(rig: Rig, recovered: Recovered) -> None:
     writer = rig.writer(0, 1, ring=4)
     rig.wait_chunks(30)
     before = rig.client.stats().epoch
-    rig.catch_up_paused(writer)
-    with redis.Redis.from_url(rig.server.url) as admin:
+    # Stopped until all is gone: what it is told of in between, nobody has read.
+    with rig.stopped(writer.process.pid), redis.Redis.from_url(rig.server.url) as admin:
+        rig.catch_up()
         admin.flushall()
     began = time.monotonic()
     until(lambda: "no replay has been created" in writer.ask()["blocked_reason"], 10)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from actors.roster import HUB, find, names_in, namespace_of
 from deploy.rundir import run_id
-from replay_service import EmbeddedServer
+from replay_service import EmbeddedServer, ReplayClient, check_server, shard_of
 from tests.integration.raylets import (
     DEADLINE_S,
     add,
@@ -114,6 +116,58 @@ def test_fleet_outlives_a_killed_learner_waits_and_is_taken_over(
     finally:
         for process in (first, second):
             if process is not None:
+                end(process)
+
+
+def test_a_server_joins_a_run_on_a_cluster_and_the_next_learner_finds_its_actors_there(
+    nodes: Any, redis: str, tmp_path: Path
+) -> None:
+    def url(path: Path) -> str:
+        return f"unix://{path}/redis.sock"
+
+    def homes(path: Path) -> list[str]:
+        return [shard_of(f"v3-cartpole-a{slot}", [redis, url(path)]) for slot in range(2)]
+
+    def steps(address: str) -> int:
+        client = ReplayClient(address)
+        found = client.stats().inserted_steps
+        client.close()
+        return found
+
+    run, second = tmp_path / "run", None
+    places = (tmp_path / str(number) for number in itertools.count())
+    place = next(path for path in places if homes(path) == [redis, url(path)])
+    flags = ["--steps", "1000000", "--actors", "2", "--redis", redis]
+    first = start(nodes, run, *flags)
+    with EmbeddedServer(place, max_memory_bytes=2**27) as server:
+        try:
+            until(lambda: status(run).get("updates", 0) > 0 and acting(run, 2), first, "training")
+            stays = status(run)["per_actor"][0]["pid"]
+            said = command("scale", str(run), "--redis", f"{redis},{server.url}")
+            assert "2 replay servers, 1 before" in said
+            members = {one["slot"]: (one["pid"], one["server"]) for one in status(run)["per_actor"]}
+            assert members[0] == (stays, redis) and members[1][1] == server.url
+            until(lambda: steps(server.url) > 0, first, "nothing is inserted at the newcomer")
+            end(first)
+            wait_for(lambda: {one["state"] for one in look(run)["stats"]} == {"blocked"})
+            before = status(run)
+            second = start(nodes, run, *flags)
+            until(
+                lambda: status(run)["updates"] > before["updates"] and acting(run, 2),
+                second,
+                "training did not go on",
+            )
+            again = {one["slot"]: (one["pid"], one["server"]) for one in status(run)["per_actor"]}
+            assert again == members
+            second.send_signal(signal.SIGTERM)
+            out, _ = second.communicate(timeout=90)
+            assert "fleet_taken_over" in out and "replay_lost" not in out, out[-3000:]
+            for address in (redis, server.url):
+                with closing(ReplayClient(address)) as client:
+                    report = check_server(client)
+                assert not report.findings.found, report
+        finally:
+            for process in filter(None, (first, second)):
                 end(process)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import psutil
 import pytest
@@ -108,41 +109,22 @@ def training(status: dict[str, object]) -> bool:
     return int(str(status.get("updates", 0))) > 20
 
 
-def test_a_run_ends_by_itself_resumes_and_leaves_what_it_promises(start) -> None:  # type: ignore[no-untyped-def]
-    run = start("--steps", "1500", *EVALUATED)
-    assert run.process.wait(START_S + END_S) == 0, run.output()
-    found = {path.name for path in run.directory.iterdir()}
-    assert {"config.yaml", "metrics.jsonl", "scores.jsonl", "curve.png", "replay"} <= found
-    assert {"checkpoints", "status.json"} <= found
-    assert any(name.startswith("events.out.tfevents.") for name in found)
-    assert run.status()["phase"] == "finished"
-    first = load_newest(run.directory / "checkpoints")
-    assert first is not None
-    assert first.manifest["env_steps"] >= 1500
-    assert "dreamfleet eval" in run.output()
-
-    again = start("--steps", "2500")
-    assert again.process.wait(START_S + END_S) == 0, again.output()
-    second = load_newest(run.directory / "checkpoints")
-    assert second is not None
-    assert second.manifest["env_steps"] >= 2500
-    assert second.manifest["update"] > first.manifest["update"]
-    assert second.manifest["fence"] > first.manifest["fence"]
-    rows = read_rows(run.directory / "scores.jsonl")
-    trained, played = ([row for row in rows if row["split"] == s] for s in ("train", "eval"))
-    steps = [row["env_steps"] for row in trained]
-    assert steps == sorted(steps) and len(trained) + len(played) == len(rows)
-    # What was played for its score alone is in no account of the replay.
-    assert played and sum(row["length"] for row in trained) <= steps[-1]
-    assert {row["actor"] for row in played} == {"eval-0-0"}
-    assert len({tuple(row["policy_version"]) for row in played}) > 1
-    assert "evaluation" in run.output()
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that has ended by itself, for tests that go on with a copy of its directory."""
+    run = Run(
+        tmp_path_factory.mktemp("ended") / "run",
+        *("--steps", "1500", "--learner.checkpoint-every-steps", "500", *EVALUATED),
+    )
+    try:
+        assert run.process.wait(START_S + END_S) == 0, run.output()
+    finally:
+        run.close()
+    return run
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_leaves_no_process(start, number: signal.Signals, code: int) -> None:  # type: ignore[no-untyped-def]
-    run = start("--steps", FOREVER)
-    run.wait_for(training, START_S)
+def ends_well(run: Run, number: signal.Signals, code: int) -> None:
+    """Signal a run, which saves what it has and leaves no process."""
     run.process.send_signal(number)
     assert run.process.wait(END_S) == code, run.output()
     assert run.left(1.0) == []
@@ -152,7 +134,45 @@ def test_a_signal_saves_and_leaves_no_process(start, number: signal.Signals, cod
     assert saved.manifest["update"] == run.status()["updates"]
 
 
-def test_actors_join_and_leave_a_run_and_it_keeps_the_number(start) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_ends_by_itself_resumes_and_leaves_what_it_promises(  # type: ignore[no-untyped-def]
+    ended: Run, start, tmp_path: Path
+) -> None:
+    found = {path.name for path in ended.directory.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "scores.jsonl", "curve.png", "replay"} <= found
+    assert {"checkpoints", "status.json"} <= found
+    assert any(name.startswith("events.out.tfevents.") for name in found)
+    assert ended.status()["phase"] == "finished"
+    first = load_newest(ended.directory / "checkpoints")
+    assert first is not None
+    assert first.manifest["env_steps"] >= 1500
+    assert "dreamfleet eval" in ended.output()
+
+    copytree(ended.directory, tmp_path / "run")
+    again = start("--steps", "2500")
+    assert again.process.wait(START_S + END_S) == 0, again.output()
+    second = load_newest(again.directory / "checkpoints")
+    assert second is not None
+    assert second.manifest["env_steps"] >= 2500
+    assert second.manifest["update"] > first.manifest["update"]
+    assert second.manifest["fence"] > first.manifest["fence"]
+    rows = read_rows(again.directory / "scores.jsonl")
+    trained, played = ([row for row in rows if row["split"] == s] for s in ("train", "eval"))
+    steps = [row["env_steps"] for row in trained]
+    assert steps == sorted(steps) and len(trained) + len(played) == len(rows)
+    # What was played for its score alone is in no account of the replay.
+    assert played and sum(row["length"] for row in trained) <= steps[-1]
+    assert {row["actor"] for row in played} == {"eval-0-0"}
+    assert len({tuple(row["policy_version"]) for row in played}) > 1
+    assert "evaluation" in ended.output()
+
+
+def test_an_interrupt_saves_and_leaves_no_process(start) -> None:  # type: ignore[no-untyped-def]
+    run = start("--steps", FOREVER)
+    run.wait_for(training, START_S)
+    ends_well(run, signal.SIGINT, 130)
+
+
+def test_actors_join_and_leave_a_run_which_keeps_the_number_and_ends_when_asked(start) -> None:  # type: ignore[no-untyped-def]
     run = start("--steps", FOREVER)
     run.wait_for(training, START_S)
     for actors in ("3", "2"):
@@ -162,11 +182,11 @@ def test_actors_join_and_leave_a_run_and_it_keeps_the_number(start) -> None:  # 
         )
         assert done.returncode == 0, done.stdout + done.stderr + run.output()
         assert f"{actors} actors wanted" in done.stdout
+        run.note_members()
     found = run.status()["per_actor"]
     assert isinstance(found, list) and len(found) == 2
     assert "actors: 2" in (run.directory / "config.yaml").read_text()
-    run.process.send_signal(signal.SIGTERM)
-    assert run.process.wait(END_S) == 143, run.output()
+    ends_well(run, signal.SIGTERM, 143)
 
 
 def test_a_second_signal_stops_at_once(start) -> None:  # type: ignore[no-untyped-def]
@@ -208,10 +228,11 @@ def test_a_signal_while_starting_leaves_nothing(start) -> None:  # type: ignore[
     assert run.left(1.0) == []
 
 
-def test_a_corrupt_newest_checkpoint_is_said_and_the_previous_one_used(start) -> None:  # type: ignore[no-untyped-def]
-    run = start("--steps", "1500", "--learner.checkpoint-every-steps", "500")
-    assert run.process.wait(START_S + END_S) == 0, run.output()
-    newest = max((run.directory / "checkpoints").iterdir())
+def test_a_corrupt_newest_checkpoint_is_said_and_the_previous_one_used(  # type: ignore[no-untyped-def]
+    ended: Run, start, tmp_path: Path
+) -> None:
+    copytree(ended.directory, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
     data = bytearray((newest / "state.pt").read_bytes())
     data[len(data) // 2] ^= 0xFF
     (newest / "state.pt").write_bytes(bytes(data))

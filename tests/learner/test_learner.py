@@ -15,7 +15,8 @@ import pytest
 import redis
 import torch
 
-from deploy.launch import count_on, create_replay, resume, take_fence
+from deploy.launch import count_on, resume
+from deploy.servers import create_replay, take_fence
 from dreamer.agent import Agent, make_agent, record_columns
 from dreamer.presets import agent_config
 from dreamer.spaces import DiscreteAction, ImageSpec, VectorSpec

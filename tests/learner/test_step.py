@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dreamer.agent import Agent, make_agent, record_columns
-from dreamer.config import OptimConfig, V3Config
-from dreamer.presets import agent_config
+from dreamer.config import AgentConfig, OptimConfig, V3Config
+from dreamer.presets import AGENTS, agent_config
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace, VectorSpec
 from learner.batch import make_batch
 from learner.step import COMPILE_PAYS, WARM_UP, Mode, UpdateStep, resolve_mode
@@ -42,7 +42,7 @@ class Records:
     page_steps: int = PAGE
 
 
-def make_records(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace = OBS) -> Records:
+def make_records(device: str = "cpu", config: AgentConfig = CONFIG, obs: ObsSpace = OBS) -> Records:
     columns = [Column(*column) for column in record_columns(config, obs, ACTIONS)]
     storage = DeviceStorage(
         Schema(tuple(columns)),
@@ -53,8 +53,9 @@ def make_records(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace =
         directory=None,
     )
     rng, rows = np.random.default_rng(0), PAGE * PAGES
+    shape = obs["image"].shape if "image" in obs else ()
     values: dict[str, np.ndarray] = {
-        "image": rng.integers(0, 256, (rows, 16, 16, 1), np.uint8),
+        "image": rng.integers(0, 256, (rows, *shape), np.uint8),
         "vector": rng.normal(size=(rows, 3)).astype(np.float32),
         "action.turn": rng.integers(0, 3, rows, np.int32),
         "action.push": rng.normal(size=(rows, 1)).astype(np.float32),
@@ -73,7 +74,9 @@ def make_records(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace =
     return Records(storage.columns, storage.valid_cumsum, storage.next_page)
 
 
-def make_test_agent(device: str = "cpu", config: V3Config = CONFIG, obs: ObsSpace = OBS) -> Agent:
+def make_test_agent(
+    device: str = "cpu", config: AgentConfig = CONFIG, obs: ObsSpace = OBS
+) -> Agent:
     torch.manual_seed(0)
     return make_agent(config, obs, ACTIONS).to(device)
 
@@ -286,7 +289,7 @@ Run = tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]
 
 
 def run(
-    mode: Mode, device: str, updates: int, config: V3Config = CONFIG, obs: ObsSpace = OBS
+    mode: Mode, device: str, updates: int, config: AgentConfig = CONFIG, obs: ObsSpace = OBS
 ) -> Run:
     """Return the metrics of every update, the agent's state and the records at the end."""
     agent, records = make_test_agent(device, config, obs), make_records(device, config, obs)
@@ -347,6 +350,10 @@ def test_compiled_and_eager_steps_give_the_same_losses_and_parameters() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_graph_gives_the_same_losses_and_parameters() -> None:
-    updates = WARM_UP + 3
-    assert_same_run(run("graph", "cuda", updates), run("compile", "cuda", updates), rtol=2e-3)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", AGENTS)
+def test_a_captured_graph_gives_the_same_losses_and_parameters(name: str) -> None:
+    updates, config = WARM_UP + 3, agent_config(name, "debug")
+    obs = OBS | {"image": ImageSpec(shape=(64, 64, 3))}
+    runs = [run(mode, "cuda", updates, config, obs) for mode in ("graph", "compile")]
+    assert_same_run(*runs, rtol=2e-3)

@@ -1,7 +1,8 @@
 """The agents at a size that learns small tasks in seconds.
 
-Only widths, imagined steps, learning rates and warm-ups differ from the published configurations,
-and what a task makes meaningless (a discount head where nothing ends).
+Only widths, stages of convolutions, imagined steps, learning rates, warm-ups and how much the
+policy explores differ from the published configurations, and what a task makes meaningless (a
+discount head where nothing ends).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _EARLY = {
     "optim.actor_lr": 1e-3,
     "optim.critic_lr": 1e-3,
 }
+# Four stages leave one pixel of 16×16, and where a ball is shows four times as late.
+_SHALLOW = {"encoder.depth": 8, "encoder.mults": (4, 4)}
 # What each agent changes beyond the widths.
 _OWN: dict[str, dict[str, Any]] = {
     "v1": {"cont": True, "exploration.epsilon": 0.2},
@@ -41,11 +44,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "v2": {"world.classes": 8, "slow_every": 20, "optim.actor_lr": 4e-4, "reward": "identity"},
     # Its norms act over the channels, of which two would leave only signs.
     "v3-2023": {"world.classes": 8, "world.depth": 8},
-    "v3": {"encoder.depth": 8, "decoder.depth": 8},
+    "v3": {**_SHALLOW, "decoder.depth": 8, "decoder.mults": (4, 4)},
     "pro": {"cont": True, "slow_every": 20, "prototypes.freeze": 100, "prototypes.count": 64},
-    "pro-v3": {"encoder.depth": 8, "prototypes.freeze": 100, "prototypes.count": 64},
-    "r2": {"encoder.depth": 8},
-    "infonce": {"encoder.depth": 8},
+    "pro-v3": {**_SHALLOW, "prototypes.freeze": 100, "prototypes.count": 64},
+    "r2": _SHALLOW,
+    "infonce": _SHALLOW,
 }
 
 

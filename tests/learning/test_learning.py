@@ -6,12 +6,13 @@ least 90 % of it. What the fleet adds is tested in tests/integration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from dreamer.policy import Policy
@@ -26,22 +27,30 @@ pytestmark = [pytest.mark.learning, pytest.mark.timeout(900)]
 
 
 class Lesson(NamedTuple):
-    """A task, its optimum, and the rounds of eight steps within which it is to be learned."""
+    """A task, its optimum, and the rounds of eight steps within which it is to be learned.
+
+    Floating point differs between processors, and with it a run as between seeds. So the rounds are
+    more than twice what any run looked at has needed; a test ends when its task is learned.
+    """
 
     task: Callable[[], Task]
     optimum: float
     rounds: int
     batch: int = 16
+    changes: Mapping[str, float] = {}
+    """What agents change for this task."""
 
 
-REMEMBER = Lesson(Remember, 3.0, 6000)
+REMEMBER = Lesson(Remember, 3.0, 12000)
 LESSONS: dict[str, Lesson] = {
     "remember": REMEMBER,
-    "reach": Lesson(Reach, 23.4, 6000),
-    "slippery": Lesson(Slippery, 5.0, 3000),
+    "reach": Lesson(Reach, 23.4, 12000),
+    "slippery": Lesson(Slippery, 5.0, 6000),
     # The strided convolutions of the earlier agents are made for 64×64.
-    "catch-16": Lesson(partial(Catch, 16), 1.0, 6000),
-    "catch-64": Lesson(partial(Catch, 64), 1.0, 6000, batch=8),
+    # Before the pictures say where the ball is, a policy with the published entropy has settled on
+    # one action, and leaves it by luck.
+    "catch-16": Lesson(partial(Catch, 16), 1.0, 12000, changes={"behaviour.entropy": 0.03}),
+    "catch-64": Lesson(partial(Catch, 64), 1.0, 12000, batch=8),
 }
 ON_VECTORS = ("remember", "reach", "slippery")
 CASES = [
@@ -58,18 +67,28 @@ CASES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Add in the same order whatever the number of cores and the tests before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("agent", "lesson"), CASES)
 def test_the_agent_reaches_nine_tenths_of_the_optimum(agent: str, lesson: str) -> None:
-    task, optimum, rounds, batch = LESSONS[lesson]
-    goal = 0.9 * optimum
-    earned = learn(task, small(agent), goal=goal, rounds=rounds, batch=batch)
+    task, optimum, rounds, batch, changes = LESSONS[lesson]
+    goal, config = 0.9 * optimum, with_fields(small(agent), dict(changes))
+    earned = learn(task, config, goal=goal, rounds=rounds, batch=batch)
     assert earned >= goal, f"{agent} earned {earned:.2f} of {optimum} on {lesson}"
 
 
 def test_an_agent_whose_actor_has_the_wrong_sign_fails() -> None:
-    task, optimum, _, _ = LESSONS["slippery"]
+    task, optimum = LESSONS["slippery"][:2]
     config = with_fields(small("v3"), {"scales.policy": -1.0})
-    earned = learn(task, config, goal=0.9 * optimum, rounds=1200)
+    # No goal: a policy that has hardly been trained may choose the better door every time.
+    earned = learn(task, config, goal=float("inf"), rounds=1200)
     assert earned < 0.75 * optimum, f"it minimised its return and earned {earned:.2f}"
 
 

@@ -21,6 +21,7 @@ from replay_service import (
     ReplayError,
     ReplayFenced,
     ReplayFull,
+    ReplayOwned,
     ReplaySchemaError,
     ReplayTimeout,
     ReplayUnavailable,
@@ -58,6 +59,25 @@ def test_create_with_other_columns_names_the_difference(client: ReplayClient) ->
     want = r"step: int64\[\] is missing; vector2: float32\[2\] is extra"
     with pytest.raises(ReplaySchemaError, match=want):
         client.create(other, UNBOUNDED)
+
+
+def test_a_replay_without_an_owner_is_anybodys_and_one_with_an_owner_is_kept(
+    client: ReplayClient,
+) -> None:
+    ann = ReplayClient(client.url, owner="1a /runs/ann on here")
+    bob = ReplayClient(client.url, owner="2b /runs/bob on there")
+    assert client.create(SCHEMA, UNBOUNDED)
+    # Who brings no mark, such as an import, takes part; the first who does becomes the owner.
+    assert not ann.create(SCHEMA, UNBOUNDED)
+    with pytest.raises(ReplayOwned, match="belongs to another run, /runs/ann on here:"):
+        bob.create(SCHEMA, replace(UNBOUNDED, capacity_steps=10))
+    assert client.stats().capacity_steps == UNBOUNDED.capacity_steps
+    assert not client.create(SCHEMA, UNBOUNDED) and not ann.create(SCHEMA, UNBOUNDED)
+    assert not bob.create(SCHEMA, UNBOUNDED, take_over=True)
+    with pytest.raises(ReplayOwned, match="/runs/bob on there"):
+        ann.create(SCHEMA, UNBOUNDED)
+    ann.close()
+    bob.close()
 
 
 def test_nothing_works_before_create_and_says_so(client: ReplayClient) -> None:

@@ -17,6 +17,7 @@ from replay_service import (
     ReplayClient,
     ReplayMissing,
     ReplayTimeout,
+    ReplayUnavailable,
     Reseeder,
     ShardedClient,
     ShardedReseeder,
@@ -203,3 +204,31 @@ def test_an_account_goes_on_in_the_shard_that_is_empty(client: ShardedClient) ->
         assert mirror.inserted_steps == 100 and client.stats().inserted_steps == 100
         assert client.settle(fence, 50, 200)[0] == 100 and client.stats().budget_steps <= 200
         assert client.empty() == [1]
+
+
+def test_a_log_that_joins_is_followed_and_one_that_cannot_changes_nothing(
+    pair: list[EmbeddedServer],
+) -> None:
+    for server in pair:
+        empty(server)
+    first, second = clients = [ReplayClient(server.url) for server in pair]
+    for one in clients:
+        one.create(SCHEMA, LIMITS)
+    mirror = Mirror(first, SCHEMA, capacity_steps=10_000, window_steps=8, page_steps=8)
+    mirror.start()
+    insert_many(first, 0, 5)
+    absorb_until(mirror, lambda: mirror.inserted_steps == 40)
+    nowhere = ReplayClient("unix:///nowhere/redis.sock")
+    with pytest.raises(ReplayUnavailable):
+        mirror.follow([second, nowhere])
+    mirror.follow([second])
+    insert_many(second, 1, 7)
+    insert_many(first, 0, 2, start=6)
+    absorb_until(mirror, lambda: mirror.inserted_steps == 112)
+    assert mirror.of(1).inserted_steps == 56 and mirror.of(1).newest_chunks() == {"s1@1": 7}
+    assert len(contents(mirror)) == 112 == mirror.size_steps and mirror.missed_steps == 0
+    # What comes from the log that joined is new, and trained on first, as what comes from others.
+    assert mirror.caught_up and len(mirror.online_state()) == 14
+    mirror.stop()
+    for one in (*clients, nowhere):
+        one.close()

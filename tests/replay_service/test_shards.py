@@ -59,7 +59,8 @@ class Shard:
     late: list[tuple[int, int]] = field(default_factory=list)
 
     def take(self, turn: int, budget: int) -> None:
-        if turn > self.turn:
+        # Calls without a number are those of a learner that has one server.
+        if turn > self.turn or self.turn == 0:
             self.turn, self.budget = turn, budget
 
     def insert(self, steps: int) -> None:
@@ -72,7 +73,32 @@ def test_budgets_never_exceed_the_total_whatever_is_lost_or_late(
     data: st.DataObject, count: int
 ) -> None:
     shards = [Shard() for _ in range(count)]
-    split, total = BudgetSplit([0] * count, [0] * count, chunk_steps=8), 0
+    share_out(data, shards, BudgetSplit([0] * count, [0] * count, chunk_steps=8), 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_a_server_that_was_alone_is_held_to_its_share_whatever_of_before_comes_late(
+    data: st.DataObject,
+) -> None:
+    alone, total = Shard(), 0
+    for _ in range(data.draw(st.integers(0, 8))):
+        total += data.draw(st.integers(0, 100))
+        fate = data.draw(st.sampled_from(["heard", "call lost", "call late"]))
+        if fate == "call late":
+            alone.late.append((0, total))
+        elif fate == "heard":
+            alone.take(0, total)
+        alone.insert(data.draw(st.integers(0, 60)))
+    # As `ShardedClient.of_one` does it: all that was ever sent may still come.
+    split = BudgetSplit([alone.budget], [alone.inserted], chunk_steps=8)
+    split.sent(0, total)
+    split.join(0, 0)
+    share_out(data, [alone, Shard()], split, total)
+
+
+def share_out(data: st.DataObject, shards: list[Shard], split: BudgetSplit, total: int) -> None:
+    """Settle for a while, with messages lost and late and shards that join."""
     fates = st.sampled_from(["heard", "heard", "heard", "answer lost", "call lost", "call late"])
     turn = 0
 
@@ -91,7 +117,10 @@ def test_budgets_never_exceed_the_total_whatever_is_lost_or_late(
     for _ in range(data.draw(st.integers(1, 25))):
         total += data.draw(st.integers(0, 100))
         turn += 1
-        asked = data.draw(st.sets(st.sampled_from(range(count))))
+        if len(shards) < 6 and data.draw(st.integers(0, 9)) == 0:
+            shards.append(Shard())
+            split.join(0, 0)
+        asked = data.draw(st.sets(st.sampled_from(range(len(shards)))))
         goals = split.goals(total, asked)
         lowered = split.lowered(goals)
         send(lowered)
@@ -191,6 +220,54 @@ def test_the_room_that_the_limiter_asks_for_gives_each_shard_a_chunk(count: int)
     for _ in range(200):
         given = settle(split, sum(inserted) + count * (chunk + 2), inserted)
     assert given[count - 1] >= chunk and given[0] >= inserted[0] + chunk
+
+
+def test_a_shard_that_joins_gets_what_others_have_acknowledged_to_have_lost() -> None:
+    split = BudgetSplit([500, 500], [100, 100], chunk_steps=64)
+    split.join(0, 0)
+    goals = split.goals(1000, range(3))
+    assert set(split.lowered(goals)) == {0, 1} and goals[2] > 64
+    # Nobody has acknowledged anything: all of the total may be in force.
+    assert split.raised({2: goals[2]}, 1000) == {2: 0}
+    split.sent(0, goals[0])
+    assert split.raised({2: goals[2]}, 1000) == {2: 0}
+    split.heard(0, goals[0], 100)
+    assert split.raised({2: goals[2]}, 1000) == {2: 500 - goals[0]}
+    split.sent(1, goals[1])
+    split.heard(1, goals[1], 100)
+    assert split.raised({2: goals[2]}, 1000) == {2: goals[2]}
+    # A budget that it brings counts from the beginning.
+    split.join(300, 0)
+    assert split.reserved(3) == 300
+
+
+@pytest.mark.parametrize("ratio", ["0.5", "4", "512"])
+def test_an_account_over_more_servers_admits_all_that_it_did(ratio: str) -> None:
+    one = CreditLimiter(
+        train_ratio=ratio, batch_steps=256, chunk_steps=16, min_size_steps=512, capacity_steps=10**5
+    )
+    for count in (2, 3, 8):
+        more = one.over(count)
+        assert (more.shards, more.i0, more.train_ratio) == (count, one.i0, one.train_ratio)
+        assert all(more.budget(updates) >= one.budget(updates) for updates in range(0, 5000, 7))
+        assert more.tol_i >= one.tol_i and more.tol_s >= one.tol_s
+        one = more
+
+
+def test_tolerances_that_were_given_may_leave_no_room_for_more_servers() -> None:
+    account = CreditLimiter(
+        train_ratio=4,
+        batch_steps=32,
+        chunk_steps=8,
+        min_size_steps=64,
+        capacity_steps=10**5,
+        insert_tolerance=100,
+        sample_tolerance=100,
+        shards=2,
+    )
+    with pytest.raises(ReplayConfigError, match="raise tolerance_steps or lower chunk_steps"):
+        account.over(3)
+    assert account.over(2).tol_i == 100
 
 
 def test_a_total_that_falls_below_what_is_inserted_raises_nothing() -> None:

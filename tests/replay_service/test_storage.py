@@ -9,7 +9,13 @@ from scipy import stats
 
 from replay_service import ReplayConfigError
 from replay_service.pages import PageIndex, page_count
-from replay_service.storage import DeviceStorage, gather, window_rows, write_back
+from replay_service.storage import (
+    DeviceStorage,
+    gather,
+    last_of_each,
+    window_rows,
+    write_back,
+)
 from tests.replay_service.records import SCHEMA, columns
 
 PAGE, WINDOW = 8, 11
@@ -116,6 +122,21 @@ def test_write_back_replaces_rows_and_nothing_else(tmp_path: Path) -> None:
     write_back(storage.columns, rows, {"deter": torch.full((2, WINDOW, 4), 7, dtype=torch.half)})
     changed = (bits != before).any(dim=1).nonzero().flatten()
     assert set(changed.tolist()) == set(rows.flatten().tolist())
+
+
+def test_the_last_place_of_every_row_is_found() -> None:
+    rows = torch.tensor([4, 2, 4, 7, 2, 4])
+    assert last_of_each(rows).tolist() == [5, 4, 5, 3, 4, 5]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_of_a_row_in_two_windows_the_last_value_stays(device: str) -> None:
+    rows = torch.randint(0, 50, (16, 64), device=device)
+    values = torch.arange(16 * 64, device=device).reshape(16, 64, 1).expand(16, 64, 512).float()
+    columns = {"deter": torch.zeros(50, 512, device=device)}
+    write_back(columns, rows, {"deter": values})
+    want = {row: place for place, row in enumerate(rows.flatten().tolist())}
+    assert all(bool((columns["deter"][row] == place).all()) for row, place in want.items())
 
 
 def test_too_large_a_mirror_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
