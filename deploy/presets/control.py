@@ -14,7 +14,9 @@ _CARTPOLE = {
     name: value
     for name, value in V3_PRESETS["v3-cartpole"].values.items()
     if not name.startswith("agent.")
-} | {"replay.online": False, "train_ratio": 80.0}
+} | {"replay.online": False}
+# As in v3-cartpole: where the cart is must be worth more than its KL.
+_SEES_THE_CART = {"agent.rec_scale": 20.0}
 _FAST = {
     "agent.optim.model_lr": 1e-3,
     "agent.optim.actor_lr": 3e-4,
@@ -49,7 +51,10 @@ CONTROL_PRESETS: dict[str, Preset] = {
         "straight-through actions.",
         agent="v1",
         size="tiny",
-        values=_CARTPOLE | _FAST | {"agent.cont": True, "agent.exploration.epsilon": 0.1},
+        values=_CARTPOLE
+        | _FAST
+        | _SEES_THE_CART
+        | {"agent.cont": True, "agent.exploration.epsilon": 0.1},
     ),
     "v2-cartpole": Preset(
         summary="DreamerV2 on CartPole-v1, with the free nats of its DeepMind Control settings.",
@@ -57,6 +62,7 @@ CONTROL_PRESETS: dict[str, Preset] = {
         size="tiny",
         values=_CARTPOLE
         | _FAST
+        | _SEES_THE_CART
         | {"agent.free_nats": 1.0, "agent.reward": "identity", "agent.slow_every": 20},
     ),
     "v3-2023-cartpole": Preset(
@@ -67,6 +73,7 @@ CONTROL_PRESETS: dict[str, Preset] = {
         # end of an episode is all that this reward tells, and a small model is rarely sure of one.
         values=_CARTPOLE
         | _FAST
+        | _SEES_THE_CART
         | {"agent.optim.critic_lr": 1e-3, "agent.continuation": "probability"},
     ),
     "v1-balance": Preset(
