@@ -87,7 +87,8 @@ def check_episodes(records: list[Record]) -> None:
         assert record["is_first"] == (step == 0)
         assert record["reward"] == step
         assert record["action"] == (0 if record["is_last"] else step % 3 + 1)
-        assert (record["deter"] == record["vector"]).all()
+        # Half precision counts to 2,048; in a second an environment may be past that.
+        assert (record["deter"] == record["vector"].astype(np.float16)).all()
         assert record["is_terminal"] <= record["is_last"]
 
 
