@@ -238,11 +238,21 @@ class Rig:
 
     def kill_server(self, *, cut_bytes: int = 0) -> None:
         """SIGKILL the server and wait for its end; cut its log as a power cut would."""
+        if cut_bytes:
+            self._await_written()
         os.kill(self.server.process_id, signal.SIGKILL)
         until(lambda: not self.server.running, 10, "the server's end")
         if cut_bytes:
             size = self.log_file.stat().st_size
             os.truncate(self.log_file, max(size - cut_bytes, 0))
+
+    def _await_written(self) -> None:
+        """Wait until the server holds nothing back, as it may while a sync takes long.
+
+        The cut is measured from the end of the file, which must reach beyond the creation.
+        """
+        with redis.Redis.from_url(self.server.url) as admin:
+            until(lambda: not admin.info("persistence")["aof_buffer_length"], 10, "the disk")
 
     def config(self, name: str, value: int | str) -> None:
         """Change a setting of the server."""

@@ -25,7 +25,7 @@ from replay_service import (
     check_server,
     encode_chunk,
 )
-from tests.replay_service.records import SCHEMA, columns
+from tests.replay_service.records import SCHEMA, columns, wait_written
 
 pytestmark = [pytest.mark.faults, pytest.mark.integration]
 
@@ -205,6 +205,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(cut_bytes=st.sampled_from([0, 1, 300, 1_500, MOST_CUT]))
     def restart(self, cut_bytes: int) -> None:
+        wait_written(self.server.url)
         os.kill(self.server.process_id, 9)
         until(lambda: not self.server.running, 10)
         (path,) = (self.server.directory / "appendonlydir").glob("*.incr.aof")

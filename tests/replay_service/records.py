@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
+import redis
 
 from replay_service import (
     Chunk,
@@ -128,3 +130,16 @@ def live_rows(mirror: Mirror) -> Iterator[int]:
 def renamed(made: Chunk, **changes: object) -> Chunk:
     """Return a chunk with some fields replaced."""
     return replace(made, **changes)
+
+
+def wait_written(url: str, timeout_s: float = 10.0) -> None:
+    """Wait until a server has written what it has answered, before it is killed.
+
+    While a sync takes long, it holds writes back for at most two seconds. Killed then, it loses
+    them, and live writers send them again (tests/faults).
+    """
+    deadline = time.monotonic() + timeout_s
+    with redis.Redis.from_url(url) as admin:
+        while admin.info("persistence")["aof_buffer_length"]:
+            assert time.monotonic() < deadline, "the server still holds writes back"
+            time.sleep(0.02)

@@ -18,7 +18,15 @@ from replay_service import (
     Uploader,
     check_server,
 )
-from tests.replay_service.records import SCHEMA, UNBOUNDED, chunk, insert, insert_many, write
+from tests.replay_service.records import (
+    SCHEMA,
+    UNBOUNDED,
+    chunk,
+    insert,
+    insert_many,
+    wait_written,
+    write,
+)
 
 MEMORY = 2**26
 Durability = Literal["none", "everysec", "strict"]
@@ -26,6 +34,7 @@ Durability = Literal["none", "everysec", "strict"]
 
 def killed(server: EmbeddedServer) -> None:
     """Kill the server as nothing can prevent, and wait until it is gone."""
+    wait_written(server.url)
     os.kill(server.process_id, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while server.running:

@@ -8,11 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-import redis
 
 from replay_service import EmbeddedServer, ReplayClient, ReplayConfigError, ReplayUnavailable
 from replay_service import server as server_module
-from tests.replay_service.records import SCHEMA, UNBOUNDED, chunk, insert, insert_many
+from tests.replay_service.records import (
+    SCHEMA,
+    UNBOUNDED,
+    chunk,
+    insert,
+    insert_many,
+    wait_written,
+)
 
 
 def wait_gone(pid: int, timeout_s: float = 10.0) -> bool:
@@ -29,20 +35,6 @@ def wait_gone(pid: int, timeout_s: float = 10.0) -> bool:
     return False
 
 
-def wait_written(url: str, timeout_s: float = 10.0) -> bool:
-    """Wait until nothing is held back: while a sync takes long, a server writes later than it says.
-
-    At most two seconds later, and then live writers send it again (tests/faults).
-    """
-    deadline = time.monotonic() + timeout_s
-    with redis.Redis.from_url(url) as admin:
-        while time.monotonic() < deadline:
-            if not admin.info("persistence")["aof_buffer_length"]:
-                return True
-            time.sleep(0.02)
-    return False
-
-
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_restart_keeps_everything_that_was_acknowledged(tmp_path: Path, how: int) -> None:
     with EmbeddedServer(tmp_path, max_memory_bytes=2**26) as first:
@@ -51,7 +43,7 @@ def test_restart_keeps_everything_that_was_acknowledged(tmp_path: Path, how: int
         insert_many(client, 0, 50)
         before, last = client.stats(), client.last_log_id()
         pid = first.process_id
-        assert wait_written(first.url)
+        wait_written(first.url)
         os.kill(pid, how)
         assert wait_gone(pid)
         client.close()
