@@ -216,6 +216,14 @@ REPLAY = Page(
         ),
         Panel("Lag of the mirror", "none", (("chunks", f"dreamer_mirror_lag_chunks{RUN}"),)),
         Panel(
+            "Replay servers",
+            "none",
+            (
+                ("that share the work", f"dreamer_replay_servers{RUN}"),
+                ("that do not answer", f"dreamer_replay_servers_away{RUN}"),
+            ),
+        ),
+        Panel(
             "Lost to the mirror or damaged",
             "none",
             (
