@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, amend_config, load_config
 from deploy.servers import make_reseeder, note_joined, owner_of, servers_of
+from deploy.status import read_status
 from replay_service import (
     Limits,
     ReplayClient,
@@ -268,7 +269,15 @@ def order_servers(run: Path, redis: str) -> list[str]:
     write_atomically(order, json.dumps({"id": name, "redis": redis}).encode())
     pause, begin = threading.Event(), time.monotonic()
     try:
-        while not answer.exists():
+        while True:
+            alive = read_status(run)["alive"]
+            if answer.exists():
+                break
+            if not alive:
+                raise ConfigError(
+                    f"the training in {run} has ended before it answered: dreamfleet train "
+                    f"--run-dir {run} --redis {redis} continues it so"
+                )
             waited_s = time.monotonic() - begin
             if waited_s > (_TAKEN_S if order.exists() else _TAKEN_S + TAKE_S):
                 raise ConfigError(

@@ -179,6 +179,12 @@ def _give_order(run: Path, actors: int) -> None:
     write_atomically(path, json.dumps({"actors": actors}).encode())
     pause, deadline = threading.Event(), time.monotonic() + _TAKEN_S
     while path.exists():
+        if not read_status(run)["alive"]:
+            path.unlink(missing_ok=True)
+            raise ConfigError(
+                f"the training in {run} has ended before it took the order: dreamfleet train "
+                f"--run-dir {run} --actors {actors} continues it so"
+            )
         if time.monotonic() > deadline:
             path.unlink(missing_ok=True)
             raise ConfigError(

@@ -109,7 +109,11 @@ def _alive(snapshot: dict[str, Any]) -> bool:
     if snapshot.get("phase") in ENDED:
         return False
     try:
-        started = psutil.Process(int(snapshot["pid"])).create_time()
+        process = psutil.Process(int(snapshot["pid"]))
+        started = process.create_time()
+        # One that has ended stays in the table until whoever started it asks how.
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
     except (psutil.Error, KeyError, TypeError, ValueError):
         return False
     return started <= float(snapshot.get("started_at", started)) + CLOCK_SLACK_S

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shutil import copytree
 
@@ -35,11 +35,13 @@ START_S, END_S = 240.0, 180.0
 
 
 class Run:
-    """One `dreamfleet train` in a process of its own."""
+    """One `dreamfleet train` in a process of its own, of the real program or a variant of it."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(
+        self, directory: Path, *flags: str, program: Sequence[str] = ("-m", "deploy.cli")
+    ) -> None:
         self.directory = directory
-        command = [sys.executable, "-m", "deploy.cli", "train", *SMALL]
+        command = [sys.executable, *program, "train", *SMALL]
         self.log = directory.with_suffix(".log").open("ab")
         self.process = subprocess.Popen(
             [*command, "--run-dir", str(directory), *flags],

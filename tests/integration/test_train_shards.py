@@ -31,6 +31,13 @@ from tests.integration.test_train import END_S, FOREVER, ROOT, START_S, Run, tra
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STREAMS = [f"v3-cartpole-a{slot}" for slot in range(3)]
+DIES_BEFORE_IT_NOTES = """
+import os, signal, sys
+from deploy import cli, join
+join.note_joined = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(cli.main())
+"""
+"""The program, but for the moment in which a server takes part and nothing is written down yet."""
 
 
 def places(root: Path) -> list[Path]:
@@ -225,6 +232,35 @@ def test_a_newcomer_that_is_killed_at_once_is_named_and_brings_back_its_actors(
         run.wait_for(lambda _: stats(newcomer.url).inserted_steps > 64, END_S)
         run.wait_for(lambda now: newcomer.url not in str(now["inserts_wait"]), END_S)
         end(run, servers)
+
+
+def test_a_learner_killed_before_it_has_noted_a_newcomer_has_lost_nothing(
+    servers: list[EmbeddedServer], tmp_path: Path
+) -> None:
+    first, newcomer = servers[:2]
+    both = f"{first.url},{newcomer.url}"
+    flags = ["--redis", first.url, "--actors", "3", "--steps", FOREVER]
+    with ExitStack() as stack:
+        run = Run(tmp_path / "run", *flags, program=("-c", DIES_BEFORE_IT_NOTES))
+        stack.callback(run.close)
+        run.wait_for(training, START_S)
+        code, said = dreamfleet("scale", str(run.directory), "--redis", both)
+        assert code == 2 and "has ended before it answered" in said, said
+        assert run.process.wait(END_S) == -signal.SIGKILL
+        assert f"redis: {first.url}\n" in config_of(run)
+        assert stats(newcomer.url).inserted_steps == 0
+        before = stats(first.url).inserted_steps
+
+        again = Run(tmp_path / "run", *flags)
+        stack.callback(again.close)
+        again.wait_for(lambda now: training(now) and now["pid"] == again.process.pid, START_S)
+        again.wait_for(lambda _: stats(first.url).inserted_steps > before + 64, END_S)
+        assert stats(newcomer.url).inserted_steps == 0
+        code, said = dreamfleet("scale", str(run.directory), "--redis", both)
+        assert code == 0 and "2 replay servers, 1 before" in said, said + again.output()
+        again.wait_for(lambda _: stats(newcomer.url).inserted_steps > 64, END_S)
+        assert "replay_lost" not in again.output()
+        end(again, servers[:2])
 
 
 def actors_of(run: Run) -> list[dict[str, Any]]:
