@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from replay_service.audit import Violation
     from replay_service.budgets import ByteBudget
     from replay_service.chunk import Chunk, EpisodeSummary, decode_chunk, encode_chunk
-    from replay_service.client import InsertReply, LogEntry, ReplayClient
+    from replay_service.client import InsertReply, ReplayClient
     from replay_service.config import Limits, ReplayConfig, SamplingConfig
     from replay_service.counters import ReplayStats
     from replay_service.discovery import listed
     from replay_service.endpoint import MetricsEndpoint
+    from replay_service.entries import LogEntry
     from replay_service.errors import (
         ChunkError,
         ReplayAuthError,
@@ -53,11 +54,12 @@ _HOMES = {
     "audit": ("Violation",),
     "budgets": ("ByteBudget",),
     "chunk": ("Chunk", "EpisodeSummary", "decode_chunk", "encode_chunk"),
-    "client": ("InsertReply", "LogEntry", "ReplayClient"),
+    "client": ("InsertReply", "ReplayClient"),
     "config": ("Limits", "ReplayConfig", "SamplingConfig"),
     "counters": ("ReplayStats",),
     "discovery": ("listed",),
     "endpoint": ("MetricsEndpoint",),
+    "entries": ("LogEntry",),
     "errors": (
         "ChunkError",
         "ReplayAuthError",

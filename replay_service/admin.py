@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import redis
-
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import ReplayClient
+from replay_service.entries import LogEntry
 from replay_service.errors import ReplayTimeout
-from replay_service.translate import translate
+from replay_service.schema import Schema
 
 _ENTRIES_PER_READ = 256
 _FETCH_BYTES = 8 * 1024**2
 _KEYS_PER_SCAN = 1000
 _MOMENT_S = 0.001
 _NO_EXPIRY, _NO_KEY = -1, -2
+_NUMBER = re.compile("[0-9]{1,16}")
 
 
 class StreamState(NamedTuple):
@@ -26,6 +27,8 @@ class StreamState(NamedTuple):
     sid: str
     last_seq: int
     closed: bool
+    flaw: str = ""
+    """What stands there instead of a number; else empty."""
 
 
 class Payload(NamedTuple):
@@ -95,25 +98,26 @@ class ReplayAdmin(ReplayClient):
     ) -> None:
         self.close()
 
-    def pages(self, until: int) -> Iterator[list[LogEntry]]:
+    def pages(self, until: int, schema: Schema) -> Iterator[list[LogEntry]]:
         """Yield the retained log, oldest first, up to chunk number `until`.
 
         One page's chunks fit in 8 MiB, or it is a single chunk. Entries that are evicted before
         they are reached are missing.
         """
-        cursor, page, size = "0", list[LogEntry](), 0
-        while entries := self.read_log(cursor, _ENTRIES_PER_READ, _MOMENT_S):
+        cursor, page, size, ended = "0", list[LogEntry](), 0, False
+        while not ended and (entries := self.read_log(cursor, _ENTRIES_PER_READ, _MOMENT_S)):
             cursor = entries[-1].entry_id
-            for entry in entries:
-                if entry.number > until:
-                    break
+            for entry in (one.judged(schema) for one in entries):
+                # The number of an entry that no insert has made says nothing.
+                if not entry.flaw and entry.number >= until:
+                    ended = True
+                    if entry.number > until:
+                        break
                 if page and size + entry.size_bytes > _FETCH_BYTES:
                     yield page
                     page, size = [], 0
                 page.append(entry)
                 size += entry.size_bytes
-            if entries[-1].number >= until:
-                break
         if page:
             yield page
 
@@ -121,24 +125,25 @@ class ReplayAdmin(ReplayClient):
         """Return the stored bytes of these keys, 0 where there are none."""
         return [int(size) for size in self._together([("STRLEN", key) for key in keys])]
 
+    def payload(self, sid: str, seq: int, most_bytes: int) -> bytes | None:
+        """Return a stored chunk as far as `most_bytes` reach, None if it is not there."""
+        found: bytes = self._command("GETRANGE", self.payload_key(sid, seq), 0, most_bytes - 1)
+        return found or None
+
     def streams(self) -> Iterator[StreamState]:
         """Yield every stream that the server remembers; some may come twice."""
         cursor = 0
         while True:
             cursor, found = self._command("HSCAN", self._seq, cursor, "COUNT", _KEYS_PER_SCAN)
             for sid, last in found.items():
-                text = last.decode()
-                yield StreamState(sid.decode(), int(text.rstrip("c")), text.endswith("c"))
+                yield _state(_text(sid), last)
             if not int(cursor):
                 return
 
     def stream(self, sid: str) -> StreamState | None:
         """Return what the server remembers of one stream, or None."""
         last = self._command("HGET", self._seq, sid)
-        if last is None:
-            return None
-        text = last.decode()
-        return StreamState(sid, int(text.rstrip("c")), text.endswith("c"))
+        return None if last is None else _state(sid, last)
 
     def payloads(self) -> Iterator[Payload]:
         """Yield every stored chunk, committed or not; some may come twice."""
@@ -148,8 +153,8 @@ class ReplayAdmin(ReplayClient):
             cursor, keys = self._command(*words)
             expiries = self._together([("TTL", key) for key in keys])
             for key, expiry in zip(keys, expiries, strict=True):
-                sid, _, seq = key.decode().removeprefix(f"{self._prefix}:c:").rpartition(":")
-                if expiry != _NO_KEY and seq.isdecimal():
+                sid, _, seq = _text(key).removeprefix(f"{self._prefix}:c:").rpartition(":")
+                if expiry != _NO_KEY and _NUMBER.fullmatch(seq):
                     yield Payload(sid, int(seq), expiry == _NO_EXPIRY)
             if not int(cursor):
                 return
@@ -159,8 +164,7 @@ class ReplayAdmin(ReplayClient):
         rows = self._command("XREVRANGE", self._dead, "+", "-", "COUNT", 100)
         found = []
         for _, fields in reversed(rows):
-            if not isinstance(fields, dict):
-                fields = dict(zip(fields[::2], fields[1::2], strict=True))
+            fields = dict(zip(fields[::2], fields[1::2], strict=True))
             reason = fields[b"reason"].decode(errors="replace")
             found.append(Rejected(fields[b"s"].decode(), int(fields[b"q"]), reason))
         return found
@@ -177,12 +181,14 @@ class ReplayAdmin(ReplayClient):
         """
         return bool(self._command("HSETNX", self._seq, sid, last_seq))
 
-    def _together(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send several commands at once and return their replies."""
-        pipe = self._redis.pipeline(transaction=False)
-        for words in commands:
-            pipe.execute_command(*words)  # type: ignore[no-untyped-call]
-        try:
-            return list(pipe.execute())
-        except redis.exceptions.RedisError as error:
-            raise translate(error, self.address) from error
+
+def _state(sid: str, last: bytes) -> StreamState:
+    number, closed = _text(last).removesuffix("c"), last.endswith(b"c")
+    if not _NUMBER.fullmatch(number):
+        return StreamState(sid, 0, False, repr(last[:40]))
+    return StreamState(sid, int(number), closed)
+
+
+def _text(name: bytes) -> str:
+    """Return a name that anybody may have given, as it can be shown."""
+    return name.decode(errors="backslashreplace")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -42,8 +43,9 @@ from replay_service.chunk import (
     decode_chunk,
     stream_id,
 )
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import ReplayClient
 from replay_service.counters import ReplayStats
+from replay_service.entries import LogEntry
 from replay_service.errors import (
     ReplayConfigError,
     ReplayEmpty,
@@ -51,6 +53,8 @@ from replay_service.errors import (
     ReplayUnavailable,
 )
 from replay_service.schema import Schema
+
+log = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "dreamfleet-replay", 1
 MANIFEST = "manifest.json"
@@ -364,9 +368,11 @@ def _write_all(
         columns = stack.enter_context(_Table(root, files))
         chunks = stack.enter_context(_Table(root, _files("chunks", CHUNK_FIELDS)))
         episodes = stack.enter_context(_Table(root, _files("episodes", EPISODE_FIELDS)))
-        for page in admin.pages(before.committed_chunks):
-            blobs = admin.fetch([entry.key for entry in page])
-            for entry, blob in zip(page, blobs, strict=True):
+        for page in admin.pages(before.committed_chunks, schema):
+            for entry, blob in zip(page, admin.fetch(page), strict=True):
+                if entry.flaw:
+                    log.warning("entry_left_out id=%s flaw=%s", entry.entry_id, entry.flaw)
+                    continue
                 if _evicted(admin, audit, entry, blob):
                     continue
                 assert blob is not None

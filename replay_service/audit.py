@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 
 from replay_service.chunk import Chunk
-from replay_service.client import LogEntry
+from replay_service.entries import LogEntry
 
 Invariant = Literal["A", "B", "C", "D", "E"]
 MOST_KEPT = 100

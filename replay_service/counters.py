@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from replay_service.errors import ReplayError
+
+_NUMBER = re.compile(rb"-?[0-9]{1,19}")
 _STATS_FIELDS = {
     "inserted_steps": "inserted",
     "size_steps": "size",
@@ -60,10 +64,10 @@ class ReplayStats:
 
     @classmethod
     def of(cls, values: Mapping[str, bytes]) -> ReplayStats:
-        """Return what the fields of a replay's hash say."""
+        """Return what the fields of a replay's hash say. Raises ReplayError if one is no number."""
         return cls(
-            **{name: int(values[key]) for name, key in _STATS_FIELDS.items()},
-            **{name: int(values.get(key, 0)) for name, key in _LATER_FIELDS.items()},
+            **{name: _count(key, values.get(key, b"")) for name, key in _STATS_FIELDS.items()},
+            **{name: _count(key, values.get(key, b"0")) for name, key in _LATER_FIELDS.items()},
         )
 
     @classmethod
@@ -87,5 +91,16 @@ class ReplayStats:
 
 def highest_incarnation(values: Mapping[str, bytes]) -> int:
     """Return an incarnation that no stream of a replay exceeds, 0 if there is none."""
-    found = (int(value) for name, value in values.items() if name.startswith("incarnation"))
+    found = (
+        _count(name, value) for name, value in values.items() if name.startswith("incarnation")
+    )
     return max(found, default=0)
+
+
+def _count(name: str, value: bytes) -> int:
+    if not _NUMBER.fullmatch(value):
+        raise ReplayError(
+            f"the counters of the replay are damaged, {name} is {value[:40]!r}: if the learner "
+            "still runs, end it, empty the server, and start it again from its checkpoint"
+        )
+    return int(value)

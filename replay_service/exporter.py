@@ -136,7 +136,7 @@ class ReplayMetrics(Collector):
             yield _gauge(name, text, getattr(facts, name))
         yield CounterMetricFamily(
             PREFIX + "quarantined_chunks",
-            "Chunks that learners found damaged and left out.",
+            "Chunks and entries of the log that learners found damaged and left out.",
             value=facts.quarantined_chunks,
         )
         if stats is None:

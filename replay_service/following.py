@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from replay_service.client import LogEntry
+from replay_service.entries import LogEntry
 from replay_service.errors import ReplayMissing, ReplayUnavailable
 from replay_service.schema import Schema
 from replay_service.tail import Arrival, LogSource, LogTail
@@ -87,6 +87,8 @@ class FollowedLog:
         """
         entry = arrival.entry
         self._absorbed = _order(entry.entry_id)
+        if entry.flaw:
+            return self._absorbed <= self._target, 0
         missed = self._missed(entry) + (0 if arrival.chunk is not None else entry.steps)
         self.inserted_steps = self._expected = entry.position + entry.steps
         return self._absorbed <= self._target, missed
@@ -177,7 +179,8 @@ class FollowedLogs:
         if self.caught_up:
             return 1.0
         there, whole = zip(*(one.rebuild_chunks for one in self._logs), strict=True)
-        return float(sum(there) / sum(whole))
+        # The newest entry may be one that no insert has made, whose number says nothing.
+        return float(sum(there) / max(sum(whole), 1))
 
     def start(self) -> None:
         """Begin to follow all of them. Raises ReplayError if a server cannot be used."""

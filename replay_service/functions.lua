@@ -15,6 +15,7 @@
 local booted = {}
 
 local EVICT_CHUNKS = 8
+local MOST_EXACT = 2 ^ 53 -- numbers below it are exact
 
 local function int(value)
   return tonumber(value) or 0
@@ -25,10 +26,11 @@ local function whole(value)
 end
 
 -- Log ids must keep growing even if a restart has lost the end of the log, or somebody emptied the
--- server. In milliseconds, so that two lives of a server that keeps nothing cannot share one.
-local function new_epoch(meta)
+-- server. In milliseconds, so that two lives of a server that keeps nothing cannot share one. It is
+-- above `least`, if given.
+local function new_epoch(meta, least)
   local now = redis.call('TIME')
-  local known = math.max(int(redis.call('HGET', meta, 'epoch')), int(booted[meta]))
+  local known = math.max(int(redis.call('HGET', meta, 'epoch')), int(booted[meta]), int(least))
   local epoch = whole(math.max(known + 1, int(now[1]) * 1000 + math.floor(int(now[2]) / 1000)))
   redis.call('HSET', meta, 'epoch', epoch)
   booted[meta] = epoch
@@ -44,27 +46,38 @@ local function forget_closed(seqs, sid, seq)
   if redis.call('HGET', seqs, sid) == seq .. 'c' then redis.call('HDEL', seqs, sid) end
 end
 
+-- Whether an entry is one that insert has written: whoever may insert can also add others. `shard`
+-- is what all keys begin with.
+local function genuine(entry, shard)
+  return #entry == 12 and entry[1] == 'k' and entry[3] == 'n' and entry[5] == 'b'
+    and entry[7] == 's' and entry[9] == 'q'
+    and entry[2] == shard .. 'c:' .. entry[8] .. ':' .. entry[10]
+    and string.find(entry[4], '^%d+$') and string.find(entry[6], '^%d+$')
+end
+
 -- Drop whole chunks from the old end of a log of `size` steps and `held` bytes until `steps` and
 -- `bytes` fit. At most `most` chunks, or as many as free `least` steps, so that lowering a limit
 -- never stalls the server. `open` is a stream that has more chunks and is not closed.
 -- Returns what was freed: chunks, steps, bytes, and the ids of the entries, which the caller deletes
--- and counts.
+-- and counts, with those of entries that insert has not written.
 local function evict(log, seqs, size, held, steps, bytes, least, most, open)
   local chunks, freed, freed_bytes = 0, 0, 0
-  local from, ids = '-', {}
+  local from, ids, shard = '-', {}, string.sub(seqs, 1, -4)
   while (size - freed > steps or held - freed_bytes > bytes)
-      and (chunks < most or freed < least) do
+      and (#ids < most or freed < least) do
     local oldest = redis.call('XRANGE', log, from, '+', 'COUNT', 1)[1]
     if not oldest then break end
     local entry = oldest[2] -- k n b s q g, each before its value, as insert writes them
-    -- Freeing one string is immediate; a background thread would only cost locality.
-    redis.call('DEL', entry[2])
-    if entry[8] ~= open then forget_closed(seqs, entry[8], entry[10]) end
     from = '(' .. oldest[1]
-    chunks = chunks + 1
-    ids[chunks] = oldest[1]
-    freed = freed + int(entry[4])
-    freed_bytes = freed_bytes + int(entry[6])
+    ids[#ids + 1] = oldest[1]
+    if genuine(entry, shard) then
+      -- Freeing one string is immediate; a background thread would only cost locality.
+      redis.call('DEL', entry[2])
+      if entry[8] ~= open then forget_closed(seqs, entry[8], entry[10]) end
+      chunks = chunks + 1
+      freed = math.min(freed + int(entry[4]), size)
+      freed_bytes = math.min(freed_bytes + int(entry[6]), held)
+    end
   end
   return chunks, freed, freed_bytes, ids
 end
@@ -141,6 +154,30 @@ local function keep(payload, bytes, blob)
   return false
 end
 
+-- Append entry `number` to the log, and drop those up to the id `last` if there is one.
+local function append(meta, log, number, last, ...)
+  local trim, fields = {}, {...}
+  if last then
+    -- No id lies between this one and the next entry's, so that exactly what was evicted goes.
+    local epoch, at = string.match(last, '(%d+)-(%d+)')
+    local exact = int(at) < MOST_EXACT
+    local first = exact and epoch .. '-' .. whole(at + 1) or whole(epoch + 1) .. '-0'
+    trim = {'MINID', '=', first}
+  end
+  local function add(call)
+    local words = {unpack(trim)}
+    words[#words + 1] = booted[meta] .. '-' .. number
+    for _, word in ipairs(fields) do words[#words + 1] = word end
+    return call('XADD', log, unpack(words))
+  end
+  local reply = add(redis.pcall)
+  if type(reply) ~= 'table' or not reply.err then return end
+  -- An entry that insert has not written may stand where this one belongs: go on behind it.
+  local newest = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
+  new_epoch(meta, newest and string.match(newest[1], '^%d+'))
+  add(redis.call)
+end
+
 -- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes, the token
 -- of a learner that puts back what was lost (while it does, only it may insert) or "", and the
 -- payload, unless it was sent before: through a function only small ones are quick.
@@ -186,21 +223,13 @@ local function insert(keys, args)
   end
   if not keep(payload, bytes, args[7]) then return {'NOPAYLOAD'} end
 
-  local epoch = ensure_epoch(meta)
+  ensure_epoch(meta)
   local gone, freed, freed_bytes, ids = evict(log, seqs, size, held, cap_steps - steps,
     cap_bytes - bytes, steps, EVICT_CHUNKS, closed == '' and sid)
   if last == 0 then claim(meta, sid) end
   local number = int(m[13]) + 1
-  local id = epoch .. '-' .. whole(number)
-  if gone > 0 then
-    -- No id lies between this one and the next entry's, so that exactly what was evicted goes.
-    local before, at = string.match(ids[gone], '(%d+)-(%d+)')
-    redis.call('XADD', log, 'MINID', '=', before .. '-' .. whole(at + 1), id, 'k', payload,
-      'n', args[4], 'b', args[5], 's', sid, 'q', args[3], 'g', whole(inserted))
-  else
-    redis.call('XADD', log, id, 'k', payload, 'n', args[4], 'b', args[5], 's', sid, 'q', args[3],
-      'g', whole(inserted))
-  end
+  append(meta, log, whole(number), ids[#ids], 'k', payload, 'n', args[4], 'b', args[5], 's', sid,
+    'q', args[3], 'g', whole(inserted))
   -- A writer that was replaced may still come; its stream stays one that is to be forgotten.
   redis.call('HSET', seqs, sid, whole(seq) .. closed)
   redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),
@@ -337,7 +366,7 @@ local function shrink(keys, args)
   local m = redis.call('HMGET', meta, 'size', 'bytes')
   local chunks, freed, freed_bytes, ids = evict(keys[2], keys[3], int(m[1]), int(m[2]),
     int(args[1]), int(args[2]), 0, int(args[3]))
-  if chunks > 0 then
+  if #ids > 0 then
     for _, id in ipairs(ids) do redis.call('XDEL', keys[2], id) end
     redis.call('HINCRBY', meta, 'size', whole(-freed))
     redis.call('HINCRBY', meta, 'bytes', whole(-freed_bytes))

@@ -32,9 +32,10 @@ from replay_service.admin import Deadline, ReplayAdmin, StreamState
 from replay_service.archive import Archive
 from replay_service.audit import Findings, Invariant, LogAudit, StreamSummary, Violation
 from replay_service.chunk import MAX_CHUNK_STEPS, decode_chunk
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import ReplayClient
 from replay_service.config import UNLIMITED_BUDGET
 from replay_service.counters import ReplayStats
+from replay_service.entries import LogEntry
 from replay_service.errors import ChunkError, ReplayUnavailable
 
 if TYPE_CHECKING:
@@ -255,7 +256,7 @@ class _ServerCheck:
         """Return the report, or None if the server was restarted or emptied meanwhile."""
         begin = time.monotonic()
         before = self._admin.stats()
-        for page in self._admin.pages(before.committed_chunks):
+        for page in self._admin.pages(before.committed_chunks, self._schema):
             self._check_page(page)
             self._progress(self._audit.chunks, before.chunks)
             self._deadline.check(f"{self._audit.chunks} of {before.chunks} chunks")
@@ -309,14 +310,19 @@ class _ServerCheck:
         }
 
     def _check_page(self, page: list[LogEntry]) -> None:
-        keys = [entry.key for entry in page]
-        blobs = self._admin.fetch(keys) if self._contents else [None] * len(keys)
+        sound = [entry for entry in page if not entry.flaw]
+        for entry in page:
+            if entry.flaw:
+                problem = f"entry {entry.entry_id} of the log is none of an insert's"
+                self._findings.add(Violation(invariant="C", problem=problem, got=entry.flaw))
+        keys = [entry.key for entry in sound]
+        blobs = self._admin.fetch(sound) if self._contents else [None] * len(keys)
         sizes = (
             [len(blob) if blob else 0 for blob in blobs]
             if self._contents
             else self._admin.sizes(keys)
         )
-        for entry, blob, size in zip(page, blobs, sizes, strict=True):
+        for entry, blob, size in zip(sound, blobs, sizes, strict=True):
             self._enter(entry)
             if size != entry.size_bytes:
                 self._judge_size(entry, size)
@@ -331,13 +337,14 @@ class _ServerCheck:
         jumped = last is not None and entry.number > last.number + 1
         gone = jumped and self._admin.stats().evicted_steps >= entry.position
         self._audit.enter(entry, evicted=gone)
-        key = self._admin.payload_key(entry.sid, entry.seq)
-        if entry.key != key:
-            self._note("C", "the log names another key", entry, entry.key, key)
 
     def _judge_size(self, entry: LogEntry, size: int) -> None:
         if not size and self._admin.stats().evicted_steps >= entry.position + entry.steps:
             return
+        if size > entry.size_bytes:
+            size = self._admin.sizes([entry.key])[
+                0
+            ]  # no more of it was read than that it is larger
         problem = "the stored chunk has another size" if size else "the chunk is missing"
         self._note("C", problem, entry, f"{size} bytes", f"{entry.size_bytes} bytes")
 
@@ -358,7 +365,12 @@ class _ServerCheck:
             self._deadline.check("all chunks, comparing streams")
             known = self._audit.known(state.sid)
             unseen.discard(state.sid)
-            if known is None:
+            if state.flaw:
+                problem = "what the server remembers of a stream makes no sense"
+                self._findings.add(
+                    Violation(invariant="C", problem=problem, sid=state.sid, got=state.flaw)
+                )
+            elif known is None:
                 stale |= {state.sid} if state.closed else set()
             elif state.last_seq < known[1]:
                 self._findings.add(_last_differs(state, known[1]))
@@ -451,10 +463,8 @@ class _ServerCheck:
         if not rejected:
             return []
         newest = rejected[-1]
-        return [
-            f"{len(rejected)} chunks are in quarantine, the newest is number {newest.seq} of "
-            f"{newest.sid}: {newest.reason}"
-        ]
+        which = f"number {newest.seq} of {newest.sid}" if newest.sid else "none of an insert's"
+        return [f"{len(rejected)} chunks are in quarantine, the newest is {which}: {newest.reason}"]
 
     def _note(
         self, invariant: Invariant, problem: str, entry: LogEntry, got: object, expected: object

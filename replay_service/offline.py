@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from replay_service.archive import Archive
 from replay_service.chunk import encode_chunk
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import ReplayClient
+from replay_service.entries import LogEntry
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,9 @@ class ServerLog:
         """Return up to `count` entries after an id; waits for the first at most `block_s`."""
         return self._client.read_log(after, count, block_s)
 
-    def fetch(self, keys: Sequence[str]) -> list[bytes | None]:
+    def fetch(self, entries: Sequence[LogEntry]) -> list[bytes | None]:
         """Return the chunks of some entries, None for one that was evicted."""
-        return self._client.fetch(keys)
+        return self._client.fetch(entries)
 
     def quarantine(self, entry: LogEntry, blob: bytes, reason: str) -> None:
         """Leave a damaged chunk to the learner that owns the replay."""
@@ -74,9 +75,9 @@ class ArchiveLog:
             for at in numbers
         ]
 
-    def fetch(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return the chunks with these keys, encoded."""
-        chunks = (self._archive.entry(int(key))[1] for key in keys)
+    def fetch(self, entries: Sequence[LogEntry]) -> list[bytes | None]:
+        """Return the chunks of some entries, encoded."""
+        chunks = (self._archive.entry(int(entry.key))[1] for entry in entries)
         return [encode_chunk(chunk, self._archive.schema, "raw") for chunk in chunks]
 
     def quarantine(self, entry: LogEntry, blob: bytes, reason: str) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from replay_service.admin import Deadline, ReplayAdmin
 from replay_service.audit import Violation
 from replay_service.chunk import MAX_CHUNK_STEPS, Chunk, decode_chunk
-from replay_service.client import LogEntry, ReplayClient
+from replay_service.client import ReplayClient
+from replay_service.entries import LogEntry
 from replay_service.errors import ChunkError
 from replay_service.invariants import CheckReport
 from replay_service.mirror import Mirror
@@ -54,9 +55,8 @@ def check_mirror(
     check = _MirrorCheck(mirror, report)
     check.stretches()
     with ReplayAdmin.like(client) as admin:
-        for page in admin.pages(admin.stats().committed_chunks):
-            blobs = admin.fetch([entry.key for entry in page])
-            for entry, blob in zip(page, blobs, strict=True):
+        for page in admin.pages(admin.stats().committed_chunks, mirror.schema):
+            for entry, blob in zip(page, admin.fetch(page), strict=True):
                 if blob is not None and entry.position + entry.steps <= mirror.inserted_steps:
                     check.compare(entry, blob)
             deadline.check(f"{report.chunks} chunks")

@@ -17,6 +17,7 @@ from replay_service.chunk import (
     Chunk,
     decode_chunk,
     encode_chunk,
+    max_blob_bytes,
 )
 from replay_service.client import InsertReply, ReplayClient
 from replay_service.config import Limits
@@ -256,7 +257,8 @@ class _Import:
 
     def _compare(self, chunk: Chunk) -> None:
         """Raise if the replay holds another chunk of that stream and number."""
-        blob = self._admin.fetch([self._admin.payload_key(chunk.sid, chunk.seq)])[0]
+        most = max_blob_bytes(self._archive.schema, MAX_CHUNK_STEPS)
+        blob = self._admin.payload(chunk.sid, chunk.seq, most)
         if blob is not None:
             held = decode_chunk(blob, self._archive.schema, MAX_CHUNK_STEPS)
             if not _same(held, chunk):

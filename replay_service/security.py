@@ -47,7 +47,7 @@ ROLES: dict[RoleName, Role] = {
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset",
             "~{rp*}:seq": "hget hset hdel",
-            "~{rp*}:log": "xadd xrange",
+            "~{rp*}:log": "xadd xrange xrevrange",
             "%W~{rp*}:c:*": "set strlen exists persist del",
             "%R~{rp*}:wake": "xread",
             "~{rp*}:sd": "hset hdel hgetall",
@@ -65,12 +65,12 @@ ROLES: dict[RoleName, Role] = {
             "restore",
             "restored",
         ),
-        commands="ping info time function|list function|load",
+        commands="ping info time function|list function|load multi exec",
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset hdel hincrby",
             "~{rp*}:seq": "hget hset hdel",
             "~{rp*}:log": "xread xrange xrevrange xdel",
-            "~{rp*}:c:*": "mget del",
+            "~{rp*}:c:*": "watch strlen mget getrange del",
             "~{rp*}:wake": "xadd",
             "~{rp*}:dead": "xadd",
             "~{rp*}:sd": "hset hdel hgetall",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from replay_service.chunk import MAX_CHUNK_STEPS, Chunk, decode_chunk
-from replay_service.client import LogEntry
+from replay_service.entries import LogEntry
 from replay_service.errors import ChunkError, ReplayError, ReplayUnavailable
 from replay_service.schema import Schema
 
@@ -36,11 +36,11 @@ class LogSource(Protocol):
     def read_log(self, after: str, count: int, block_s: float) -> list[LogEntry]:
         """Return up to `count` entries after an id; may wait for the first at most `block_s`."""
 
-    def fetch(self, keys: Sequence[str]) -> list[bytes | None]:
+    def fetch(self, entries: Sequence[LogEntry]) -> list[bytes | None]:
         """Return the chunks of some entries, None for one that is gone."""
 
     def quarantine(self, entry: LogEntry, blob: bytes, reason: str) -> None:
-        """Put a damaged chunk aside."""
+        """Put a damaged chunk, or what is kept of an entry with a flaw, aside."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class LogTail:
 
     Guarantees:
         1. Every entry arrives exactly once and in order; at the bound the thread waits.
-        2. A damaged chunk is quarantined on the server and arrives without content.
+        2. A damaged chunk is quarantined on the server and arrives without content, as does an
+           entry that no insert can have made.
         3. Outages are waited for, with `trouble` saying what is wrong; an error that waiting
            cannot mend is raised by `take`.
 
@@ -168,14 +169,19 @@ class LogTail:
         entries = self._client.read_log(self._cursor, _ENTRIES_PER_READ, _BLOCK_S)
         if not entries:
             self._stopping.wait(_IDLE_S)  # a source that ends does not wait
-        for batch in _batches(entries):
-            blobs = self._client.fetch([entry.key for entry in batch])
+        for batch in _batches([entry.judged(self._schema) for entry in entries]):
+            blobs = self._client.fetch(batch)
             for entry, blob in zip(batch, blobs, strict=True):
                 if not self._put(Arrival(entry, self._decode(entry, blob))):
                     return
                 self._cursor = entry.entry_id
 
     def _decode(self, entry: LogEntry, blob: bytes | None) -> Chunk | None:
+        if entry.flaw:
+            log.error("entry_quarantined id=%s flaw=%s", entry.entry_id, entry.flaw)
+            reason = f"entry {entry.entry_id} of the log is none of an insert's: {entry.flaw}"
+            self._client.quarantine(entry, b"", reason)
+            return None
         if blob is None:
             return None
         try:

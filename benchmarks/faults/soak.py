@@ -112,7 +112,7 @@ class Soak:
             entries = [e for e in self.rig.client.read_log("0", 50, 0.001) if e.seq > 1]
             if entries:
                 entry = self.random.choice(entries)
-                blob = self.rig.client.fetch([entry.key])[0] or b"evicted"
+                blob = self.rig.client.fetch([entry])[0] or b"evicted"
                 reply = self.rig.client.insert(SCHEMA, entry.sid, entry.seq, entry.steps, blob)
                 assert reply.code != "OK", (entry, reply)
                 self.injected["repeat"] += 1

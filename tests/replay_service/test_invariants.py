@@ -342,6 +342,6 @@ def test_pages_are_bounded_in_bytes_and_end_where_asked(client: ReplayClient) ->
         blob = encode_chunk(made, SCHEMA, "raw")
         assert client.insert(SCHEMA, made.sid, seq, 2, blob).code == "OK"
     with ReplayAdmin.like(client) as admin:
-        pages = list(admin.pages(290))
+        pages = list(admin.pages(290, SCHEMA))
         assert [entry.seq for page in pages for entry in page] == list(range(1, 291))
         assert admin.sizes([pages[0][0].key, "nothing"]) == [pages[0][0].size_bytes, 0]

@@ -35,7 +35,7 @@ CONFIG = ReplayConfig(chunk_steps=8, redis_memory_bytes=2**28)
 def committed(client: ReplayClient) -> list[Chunk]:
     """Return every chunk in the log, in its order."""
     entries = client.read_log("0", 10**6, 0.1)
-    blobs = client.fetch([entry.key for entry in entries]) if entries else []
+    blobs = client.fetch(entries) if entries else []
     return [decode_chunk(blob, SCHEMA) for blob in blobs if blob is not None]
 
 
