@@ -33,6 +33,7 @@ from replay_service import (
     ShardedClient,
     ShardedReseeder,
     address_for,
+    fit_to_server,
     prepare_shard,
     split_addresses,
 )
@@ -168,8 +169,9 @@ class Joining:
             found, reseeders = [], []
             for at, newcomer in enumerate(newcomers):
                 before = [*there, *newcomers[:at]]
+                limits = fit_to_server(newcomer, self._schema, self._limits)
                 found.append(
-                    prepare_shard(newcomer, before, self._schema, self._limits, fence=learner.fence)
+                    prepare_shard(newcomer, before, self._schema, limits, fence=learner.fence)
                 )
                 reseeders.append(
                     make_reseeder(
@@ -178,7 +180,7 @@ class Joining:
                         addresses[at],
                         len(before),
                         learner,
-                        each_of(self._limits),
+                        each_of(limits),
                     )
                 )
             asked = learner.between.ask(

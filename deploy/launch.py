@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> int:
         url = stack.enter_context(replay_server(config, run))
         clients = stack.enter_context(ExitStack())
         client = clients.enter_context(closing(connect(config, url, owner_of(run))))
-        create_replay(client, schema, limits, run, take_over=config.replay.take_over)
+        limits = create_replay(client, schema, limits, run, take_over=config.replay.take_over)
         mirror = Mirror(
             servers_of(client),
             schema,

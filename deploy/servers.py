@@ -22,6 +22,7 @@ from replay_service import (
     ShardedClient,
     ShardedReseeder,
     address_for,
+    fit_to_server,
     is_loopback,
     split_addresses,
 )
@@ -120,12 +121,23 @@ def create_replay(
     run: Path,
     *,
     take_over: bool = False,
-) -> None:
-    """Create the replay; if the run has lost the one it had, closed to actors until `count_on`."""
+) -> Limits:
+    """Create the replay; if the run has lost the one it had, closed to actors until `count_on`.
+
+    Returns:
+        The limits that it has, within the memory of the smallest server.
+
+    Raises:
+        ReplayConfigError: a server would drop chunks by itself, or cannot hold the minimum size.
+        ReplayError: as `ReplayClient.create`.
+    """
     from learner.checkpoint import newest_fence
 
+    for server in servers_of(client):
+        limits = fit_to_server(server, schema, limits)
     continued = newest_fence(run / "checkpoints") > 0
     client.create(schema, limits, token="resume" if continued else None, take_over=take_over)
+    return limits
 
 
 def take_fence(client: ReplayClient | ShardedClient, run: Path) -> int:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from replay_service.invariants import CheckReport, check_archive, check_server
     from replay_service.limiter import CreditLimiter, plan_limits
-    from replay_service.memory import MemoryPlan, estimate_memory
+    from replay_service.memory import MemoryPlan, estimate_memory, fit_to_server
     from replay_service.mirror import EpisodeEvent, Mirror
     from replay_service.offline import ArchiveLog, ServerLog
     from replay_service.reflection import check_mirror
@@ -77,7 +77,7 @@ _HOMES = {
     ),
     "invariants": ("CheckReport", "check_archive", "check_server"),
     "limiter": ("CreditLimiter", "plan_limits"),
-    "memory": ("MemoryPlan", "estimate_memory"),
+    "memory": ("MemoryPlan", "estimate_memory", "fit_to_server"),
     "mirror": ("EpisodeEvent", "Mirror"),
     "offline": ("ArchiveLog", "ServerLog"),
     "reflection": ("check_mirror",),
@@ -147,6 +147,7 @@ __all__ = [
     "encode_chunk",
     "estimate_memory",
     "export_archive",
+    "fit_to_server",
     "has_password",
     "import_archive",
     "is_loopback",

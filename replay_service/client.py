@@ -444,11 +444,15 @@ class ReplayClient:
 
     def memory(self) -> tuple[int, int]:
         """Return the bytes that the server uses and its limit, 0 for none."""
-        try:
-            found: dict[str, Any] = self._redis.info("memory")
-        except redis.exceptions.RedisError as error:
-            raise translate(error, self.address) from error
+        found = self._memory_info()
         return int(found["used_memory"]), int(found.get("maxmemory", 0))
+
+    def memory_policy(self) -> str:
+        """Return what the server does at its limit; ``noeviction`` if it does not say."""
+        return str(self._memory_info().get("maxmemory_policy", "noeviction"))
+
+    def _memory_info(self) -> dict[str, Any]:
+        return dict(self._command("INFO", "memory"))
 
     def evict(self, size_steps: int, size_bytes: int, max_chunks: int = 1024) -> int:
         """Drop the oldest chunks until both sizes hold; works on a server without memory left.

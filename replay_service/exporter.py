@@ -16,6 +16,7 @@ from replay_service.counters import ReplayStats
 from replay_service.discovery import Target, live_targets
 from replay_service.endpoint import Answer
 from replay_service.errors import ReplayConfigError, ReplayError, ReplayUnavailable
+from replay_service.memory import require_no_eviction
 
 log = logging.getLogger(__name__)
 
@@ -198,11 +199,7 @@ class ReplayService:
         """
         self._watch.check()
         facts = self._watch.facts()
-        if facts.memory_limit_bytes and facts.memory_policy != "noeviction":
-            raise ReplayConfigError(
-                f"the server at {self._watch.address} would drop chunks by itself: its "
-                f"maxmemory-policy is {facts.memory_policy}, expected noeviction"
-            )
+        require_no_eviction(self._watch.address, facts.memory_limit_bytes, facts.memory_policy)
         if self._keeper is not None:
             self._keeper.load_library()
         self._watch.admits()

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from replay_service.chunk import max_blob_bytes
-from replay_service.config import ReplayConfig
+from replay_service.config import Limits, ReplayConfig
 from replay_service.errors import ReplayConfigError
 from replay_service.pages import page_count
 from replay_service.schema import Schema
 from replay_service.sumtree import tree_bytes
+
+if TYPE_CHECKING:
+    from replay_service.client import ReplayClient
+
+log = logging.getLogger(__name__)
 
 _MIB = 1024**2
 _CHUNK_OVERHEAD_BYTES = 1536
@@ -116,6 +123,67 @@ def estimate_memory(
         retained_steps=retained,
         notes=tuple(notes),
     )
+
+
+def fit_to_server(client: ReplayClient, schema: Schema, limits: Limits) -> Limits:
+    """Return the limits of a replay as a server can keep them.
+
+    Where its memory limit is lower than the configuration says, the oldest chunks go earlier: else
+    it would refuse inserts before they do, and writers wait for ever.
+
+    Args:
+        client: with the rights of a learner.
+        schema, limits: of the replay that the server is to hold.
+
+    Raises:
+        ReplayConfigError: it would drop chunks by itself, or cannot hold the minimum size.
+        ReplayError: it cannot be used, or its version is too old.
+    """
+    client.check()
+    limit = client.memory()[1]
+    require_no_eviction(client.address, limit, client.memory_policy())
+    room = limit * 3 // 4
+    if not limit or limits.capacity_bytes <= room:
+        return limits
+    steps, chunk_bytes = limits.max_chunk_steps, max_blob_bytes(schema, limits.max_chunk_steps)
+    need = chunk_bytes * (limits.min_size_steps // steps + 2)
+    if room < need:
+        raise ReplayConfigError(
+            f"three quarters of the maxmemory of the server at {client.address} = {room} bytes "
+            f"cannot hold the minimum of {limits.min_size_steps} steps, which may take {need} "
+            f"bytes ({schema.step_bytes} a step); raise maxmemory to {need * 4 // 3 + 1} or more"
+        )
+    held = -(-limits.capacity_steps // steps) * chunk_bytes
+    if room < held:
+        log.warning(
+            "replay_log_bounded address=%s maxmemory=%d: if nothing compresses, its three quarters "
+            "retain %d of %d steps, and a restarted learner starts with those only; raise it, or "
+            "set --replay.redis-memory-bytes to it",
+            client.address,
+            limit,
+            room // chunk_bytes * steps,
+            limits.capacity_steps,
+        )
+    return replace(limits, capacity_bytes=room)
+
+
+def require_no_eviction(address: str, limit_bytes: int, policy: str) -> None:
+    """Refuse a server that would drop chunks by itself.
+
+    Args:
+        address: of the server, as it may be shown.
+        limit_bytes: its maxmemory, 0 for none.
+        policy: its maxmemory-policy.
+
+    Raises:
+        ReplayConfigError: it would.
+    """
+    if limit_bytes and policy != "noeviction":
+        raise ReplayConfigError(
+            f"the server at {address} would drop chunks by itself: its maxmemory-policy is "
+            f"{policy}, expected noeviction; set that in its configuration, and now with "
+            "`CONFIG SET maxmemory-policy noeviction`"
+        )
 
 
 def available_ram_bytes() -> int:

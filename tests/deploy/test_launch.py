@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import redis
 
 from deploy.config import FILE_NAME, load_config, save_config, with_values
 from deploy.presets import preset
@@ -25,13 +26,17 @@ from replay_service import (
     ReplayAuthError,
     ReplayClient,
     ReplayConfig,
+    ReplayConfigError,
     ReplayFenced,
+    ReplayMissing,
     ReplayOwned,
     address_for,
+    encode_chunk,
     split_addresses,
     with_absolute_paths,
 )
-from tests.replay_service.records import SCHEMA, chunk, insert
+from replay_service.chunk import max_blob_bytes
+from tests.replay_service.records import SCHEMA, chunk, columns, insert
 
 LIMITS = Limits(capacity_steps=1000, capacity_bytes=2**24)
 
@@ -128,6 +133,69 @@ def test_the_replay_of_another_run_directory_is_refused_and_named(
         create_replay(again, SCHEMA, LIMITS, moved)
     for made in (one, two, again):
         made.close()
+
+
+def test_a_server_that_drops_chunks_by_itself_is_refused(
+    client: ReplayClient, tmp_path: Path
+) -> None:
+    with redis.Redis.from_url(client.url) as admin:
+        admin.config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(ReplayConfigError, match="is allkeys-lru, expected noeviction; set"):
+            create_replay(client, SCHEMA, LIMITS, tmp_path)
+        with pytest.raises(ReplayMissing):
+            client.stats()
+        # Without a limit no policy has anything to do.
+        admin.config_set("maxmemory", 0)
+        create_replay(client, SCHEMA, LIMITS, tmp_path)
+
+
+def test_log_stays_within_a_server_that_is_smaller_than_configured(
+    client: ReplayClient, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wide = Limits(capacity_steps=10**6, capacity_bytes=2**30, max_chunk_steps=64)
+    bounded = create_replay(client, SCHEMA, wide, tmp_path)
+    assert client.stats().capacity_bytes == bounded.capacity_bytes == 2**26 * 3 // 4
+    assert f"replay_log_bounded address={client.address} maxmemory={2**26}: " in caplog.text
+    caplog.clear()
+    # What it advises is heard no more, nor what could never fill the server.
+    advised = ReplayConfig(redis_memory_bytes=2**26)
+    same = replace(wide, capacity_bytes=advised.log_bytes)
+    assert create_replay(client, SCHEMA, same, tmp_path) == same
+    create_replay(client, SCHEMA, replace(wide, capacity_steps=1000), tmp_path)
+    assert not caplog.records
+    # The oldest go before the server refuses the newest.
+    with redis.Redis.from_url(client.url) as admin:
+        admin.config_set("maxmemory", 2**23)
+        create_replay(client, SCHEMA, wide, tmp_path)
+        image = replace(chunk(0, 1, 64), columns=columns(0, 0, 64))
+        for seq in range(1, 3000):
+            blob = encode_chunk(replace(image, seq=seq, first_step=64 * (seq - 1)), SCHEMA, "raw")
+            assert client.insert(SCHEMA, image.sid, seq, 64, blob).code == "OK"
+    assert client.stats().evicted_steps > 0
+
+
+def test_a_server_that_cannot_hold_the_minimum_is_refused_with_the_arithmetic(
+    client: ReplayClient, tmp_path: Path
+) -> None:
+    wide = Limits(
+        capacity_steps=10**6, capacity_bytes=2**30, max_chunk_steps=64, min_size_steps=64 * 1000
+    )
+    need = 1002 * max_blob_bytes(SCHEMA, 64)
+    with redis.Redis.from_url(client.url) as admin:
+        admin.config_set("maxmemory", need * 4 // 3 - 4)
+        with pytest.raises(ReplayConfigError, match=f"64000 steps, which may take {need} bytes"):
+            create_replay(client, SCHEMA, wide, tmp_path)
+        admin.config_set("maxmemory", need * 4 // 3 + 1)
+        create_replay(client, SCHEMA, wide, tmp_path)
+
+
+def test_the_learners_role_may_ask_for_the_servers_memory(tmp_path: Path) -> None:
+    make_secrets(SecretsOptions(directory=tmp_path / "secrets"))
+    config = ReplayConfig(secrets=tmp_path / "secrets")
+    with EmbeddedServer(tmp_path / "s", max_memory_bytes=2**26, secrets=config.secrets) as server:
+        learner = ReplayClient(address_for(server.url, config, "learner"))
+        create_replay(learner, SCHEMA, LIMITS, tmp_path)
+        learner.close()
 
 
 def test_password_that_crosses_a_network_in_the_clear_is_warned_of(
