@@ -43,7 +43,7 @@ ROLES: dict[RoleName, Role] = {
     "actor": Role(
         purpose="inserts chunks",
         functions=("insert", "open", "close", "stats", "register"),
-        commands="ping info time",
+        commands="info time",
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset",
             "~{rp*}:seq": "hget hset hdel",
@@ -65,7 +65,7 @@ ROLES: dict[RoleName, Role] = {
             "restore",
             "restored",
         ),
-        commands="ping info time function|list function|load multi exec",
+        commands="info time function|list function|load multi exec",
         on_keys={
             "~{rp*}:meta": "hget hmget hgetall hset hdel hincrby",
             "~{rp*}:seq": "hget hset hdel",
@@ -79,10 +79,9 @@ ROLES: dict[RoleName, Role] = {
     "exporter": Role(
         purpose="reads counters for metrics",
         functions=("stats", "endpoints", "admits"),
-        commands="ping info time client|list slowlog|get slowlog|len latency|latest",
+        commands="ping info time slowlog|get slowlog|len latency|latest",
         on_keys={
             "%R~{rp*}:meta": "hgetall",
-            "%R~{rp*}:log": "xlen xinfo|stream",
             "%R~{rp*}:seq": "hlen",
             "%R~{rp*}:dead": "xinfo|stream",
             "%R~{rp*}:sd": "hgetall",
