@@ -141,7 +141,7 @@ def open_source(config: TrainConfig) -> Iterator[Source]:
         )
     knobs = config.replay
     access = Access(secrets=knobs.secrets, password_file=knobs.password_file, ca_file=knobs.ca_file)
-    with open_replays(config.offline, access) as (clients, _):
+    with open_replays(config.offline, access, role="reader") as (clients, _):
         yield Source(
             log=[ServerLog(client) for client in clients], schema=clients[0].schema(), steps=None
         )

@@ -39,6 +39,7 @@ from replay_service import (
 )
 from replay_service.archive import MANIFEST
 from replay_service.invariants import NAMES, Progress, judge_account
+from replay_service.security import RoleName, password_file
 
 log = logging.getLogger(__name__)
 
@@ -299,11 +300,16 @@ def open_replay(
 
 @contextmanager
 def open_replays(
-    target: str, access: Access, *, create: bool = False
+    target: str, access: Access, *, create: bool = False, role: RoleName = "admin"
 ) -> Iterator[tuple[list[ReplayClient], TrainConfig | None]]:
     """Yield a client of every server of a run directory or address, and the run's configuration.
 
     The embedded server of a run that is not running is started for the time of the block.
+
+    Args:
+        target, access: where it is, and the secrets of an address.
+        create: whether a run without a replay will do.
+        role: of the clients; admin where the secrets are older than it.
 
     Raises:
         ConfigError: there is no run, or it has no replay yet (unless `create`).
@@ -318,7 +324,7 @@ def open_replays(
             run = require_run(Path(target))
             config = load_config(run / FILE_NAME)
             knobs, embedded = config.replay, EMBEDDED in config.addresses
-            found = _running_server(run / "replay", knobs) if embedded else None
+            found = _running_server(run / "replay", knobs, role) if embedded else None
             if found is None and embedded and not create:
                 _require_data(run)
             url = (
@@ -328,13 +334,19 @@ def open_replays(
             )
         clients = list[ReplayClient]()
         for address in split_addresses(url):
-            clients.append(ReplayClient(address_for(address, knobs, "admin")))
+            clients.append(_client(address, knobs, role))
             stack.callback(clients[-1].close)
             clients[-1].check()
         yield clients, config
 
 
-def _running_server(directory: Path, knobs: ReplayConfig) -> str | None:
+def _client(address: str, knobs: ReplayConfig, role: RoleName) -> ReplayClient:
+    if knobs.secrets and not password_file(knobs.secrets, role).is_file():
+        role = "admin"
+    return ReplayClient(address_for(address, knobs, role))
+
+
+def _running_server(directory: Path, knobs: ReplayConfig, role: RoleName) -> str | None:
     """Return the address of a server that runs on a directory, None if none answers."""
     places = [directory / "redis.sock"]
     # A socket whose path would be too long is elsewhere; the server's command line says where.
@@ -344,7 +356,7 @@ def _running_server(directory: Path, knobs: ReplayConfig) -> str | None:
             places += [Path(place) for place in _SOCKET.findall(words)]
     for place in filter(Path.is_socket, places):
         url = f"unix://{place}"
-        client = ReplayClient(address_for(url, knobs, "admin"))
+        client = _client(url, knobs, role)
         try:
             client.check()
             return url

@@ -22,7 +22,7 @@ from replay_service.errors import ReplayConfigError
 log = logging.getLogger(__name__)
 
 ACL_FILE, CA_FILE = "users.acl", "ca.crt"
-RoleName = Literal["actor", "learner", "exporter", "admin"]
+RoleName = Literal["actor", "reader", "learner", "exporter", "admin"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,16 @@ ROLES: dict[RoleName, Role] = {
             "%W~{rp*}:c:*": "set strlen exists persist del",
             "%R~{rp*}:wake": "xread",
             "~{rp*}:sd": "hset hdel hgetall",
+        },
+    ),
+    "reader": Role(
+        purpose="follows the log and trains offline from it",
+        functions=("stats",),
+        commands="info multi exec",
+        on_keys={
+            "%R~{rp*}:meta": "hget hgetall",
+            "%R~{rp*}:log": "xread xrevrange",
+            "%R~{rp*}:c:*": "watch strlen mget getrange",
         },
     ),
     "learner": Role(

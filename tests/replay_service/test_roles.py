@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -10,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from deploy.config import with_values
+from deploy.offline import open_source
+from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
 from replay_service import (
     EmbeddedServer,
     ReplayAuthError,
     ReplayClient,
     ReplayConfig,
+    ServerLog,
     encode_chunk,
 )
 from replay_service.client import INLINE_BYTES, StreamEnd
@@ -23,7 +28,8 @@ from replay_service.config import Limits
 from replay_service.discovery import live_targets
 from replay_service.exporter import ReplayWatch
 from replay_service.security import ROLES, Role, RoleName, acl_rules, address_for
-from tests.replay_service.records import SCHEMA, chunk, insert, insert_many
+from tests.replay_service.records import SCHEMA, absorb_until, chunk, insert, insert_many
+from tests.replay_service.test_mirror import following
 
 LIMITS = Limits(capacity_steps=1500, capacity_bytes=2**24, min_size_steps=16, budget_steps=3000)
 LARGE = 600
@@ -34,11 +40,13 @@ class Bench:
     """A guarded server, and clients of its roles."""
 
     def __init__(self, server: EmbeddedServer, config: ReplayConfig) -> None:
-        self._url, self._config = server.url, config
+        assert config.secrets is not None
+        self.url, self.secrets = server.url, config.secrets
+        self._config = config
         self.admin = self.client("admin")
 
     def client(self, role: RoleName, kind: type[ReplayClient] = ReplayClient) -> ReplayClient:
-        return kind(address_for(self._url, self._config, role), timeout_s=5.0)
+        return kind(address_for(self.url, self._config, role), timeout_s=5.0)
 
     def allow(self, role: RoleName) -> None:
         """Give a user the rights that `ROLES` says."""
@@ -126,6 +134,23 @@ def learn(bench: Bench) -> None:
         assert not admin._command("HEXISTS", "{rp0}:seq", "s0@1")
 
 
+def read(bench: Bench) -> None:
+    """Do all that training from the replay of others does."""
+    admin = bench.admin
+    admin.create(SCHEMA, LIMITS)
+    insert_many(admin, 0, 3)
+    admin._command("APPEND", admin.payload_key("s0@1", 1), "more")
+    with closing(bench.client("reader")) as reader:
+        assert reader.check() and reader.schema() == SCHEMA and reader.stats().size_steps == 24
+        log = ServerLog(reader)
+        with following(log) as mirror:
+            absorb_until(mirror, lambda: mirror.caught_up)
+            assert mirror.size_steps == 16 and mirror.missed_steps == 8
+        # As it does where another thread would have failed.
+        entries = log.read_log("0", 10, 0.01)
+        assert log.last_log_id() == entries[-1].entry_id and None not in log.fetch(entries)
+
+
 def watch(bench: Bench) -> None:
     """Do all that the service with metrics, redis_exporter and health checks of containers do."""
     admin = bench.admin
@@ -142,7 +167,12 @@ def watch(bench: Bench) -> None:
             exporter._command(*line.split())
 
 
-WORK: dict[RoleName, Callable[[Bench], None]] = {"actor": act, "learner": learn, "exporter": watch}
+WORK: dict[RoleName, Callable[[Bench], None]] = {
+    "actor": act,
+    "reader": read,
+    "learner": learn,
+    "exporter": watch,
+}
 
 
 def without_one(role: Role) -> Iterator[tuple[str, Role]]:
@@ -182,6 +212,23 @@ def test_each_right_is_needed(
             continue
         needless.append(right)
     assert needless == []
+
+
+@pytest.mark.parametrize("role", ["reader", "admin"])
+def test_offline_training_needs_no_password_but_the_readers_or_in_older_secrets_the_admins(
+    role: RoleName, bench: Bench, tmp_path: Path
+) -> None:
+    bench.allow("reader")
+    bench.empty()
+    bench.admin.create(SCHEMA, LIMITS)
+    insert_many(bench.admin, 0, 3)
+    shutil.copy(bench.secrets / f"{role}.password", tmp_path)
+    values = {"offline": bench.url, "replay.secrets": tmp_path}
+    with open_source(with_values(preset("v3-cartpole"), values)) as source:
+        assert source.schema == SCHEMA
+        with following(source.log[0]) as mirror:
+            absorb_until(mirror, lambda: mirror.caught_up)
+            assert mirror.size_steps == 24
 
 
 def test_every_role_but_the_admin_is_tried() -> None:

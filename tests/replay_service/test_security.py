@@ -65,7 +65,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def guarded(secrets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """A server that admits the four roles alone."""
+    """A server that admits the five roles alone."""
     directory = tmp_path_factory.mktemp("guarded")
     with EmbeddedServer(directory, max_memory_bytes=2**28, secrets=secrets) as running:
         yield running
@@ -164,7 +164,7 @@ def test_mirror_and_uploader_work_with_their_own_rights(
     mirror.stop()
 
 
-@pytest.mark.parametrize("role", ["actor", "learner", "exporter"])
+@pytest.mark.parametrize("role", ["actor", "reader", "learner", "exporter"])
 @pytest.mark.parametrize(
     "command",
     [
@@ -216,6 +216,13 @@ def test_nobody_but_the_admin_may(
         ("actor", "FCALL replay_stats 1 elsewhere"),
         ("learner", "SET {rp0}:c:s0@1:1 forged"),
         ("learner", "FCALL replay_open 2 {rp0}:meta {rp0}:seq s0 0"),
+        ("reader", "FCALL replay_settle 2 {rp0}:meta {rp0}:wake 1 1 1"),
+        ("reader", "FCALL replay_evict 3 {rp0}:meta {rp0}:log {rp0}:seq 0 0 100"),
+        ("reader", "FCALL replay_fence 1 {rp0}:meta"),
+        ("reader", "XADD {rp0}:log * x 1"),
+        ("reader", "XADD {rp0}:dead * x 1"),
+        ("reader", "SET {rp0}:c:s0@1:1 forged"),
+        ("reader", "DEL {rp0}:c:s0@1:1"),
         ("exporter", "FCALL replay_fence 1 {rp0}:meta"),
         ("exporter", "GETRANGE {rp0}:c:s0@1:1 0 1"),
         ("exporter", "HSET {rp0}:meta budget 0"),
@@ -268,7 +275,7 @@ def test_refusals_say_what_is_missing(
 def test_roles_with_a_command_are_named() -> None:
     assert roles_with("function|load") == ["learner", "admin"]
     assert roles_with("FLUSHALL") == ["admin"]
-    assert roles_with("fcall|replay_stats") == ["actor", "learner", "exporter", "admin"]
+    assert roles_with("fcall|replay_settle") == ["learner", "admin"]
 
 
 def test_acl_that_is_older_than_the_functions_is_told_from_a_wrong_role(
