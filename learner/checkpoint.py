@@ -2,7 +2,8 @@
 
 A checkpoint is a directory ``<fence>-<update>-<env steps>`` with the tensors and a manifest that
 holds their hash. It is written under another name, flushed to the disk, and renamed: what has a
-final name is complete, and what is damaged later is found out by its hash.
+final name is complete, and what is damaged later is found out by its hash. A learner that another
+has replaced writes nothing there, and takes nothing away.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from replay_service import ReplayFenced
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,9 @@ def save(
 
     Raises:
         CheckpointError: the disk refused; earlier checkpoints are untouched.
+        ReplayFenced: a learner with a newer fence saves here; nothing was touched.
     """
+    _require_newest(directory, fence)
     final = directory / f"{fence:06d}-{update:010d}-{env_steps:012d}"
     if final.exists():
         return final
@@ -93,6 +98,7 @@ def save(
             json.dump(manifest, file, indent=2)
             _flush(file)
         _flush_directory(partial)
+        _require_newest(directory, fence)  # a large one takes its time to write
         os.replace(partial, final)
         _flush_directory(directory)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -107,8 +113,23 @@ def save(
 
 def newest_fence(directory: Path) -> int:
     """Return the highest fence of any checkpoint in a folder, valid or not; 0 without one."""
-    names = (path.name.partition("-")[0] for path in directory.glob("[0-9]*-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return _highest_fence(path.name for path in directory.glob("[0-9]*-*"))
+
+
+def _require_newest(directory: Path, fence: int) -> None:
+    """Raise ReplayFenced if another learner has begun to save here: its files are not ours."""
+    unfinished = (path.name.removeprefix(PARTIAL) for path in directory.glob(f"{PARTIAL}*"))
+    newest = max(newest_fence(directory), _highest_fence(unfinished))
+    if newest > fence:
+        raise ReplayFenced(
+            f"fence {fence} was replaced by {newest}, which saves in {directory}: another learner "
+            "runs"
+        )
+
+
+def _highest_fence(names: Iterable[str]) -> int:
+    fences = (name.partition("-")[0] for name in names)
+    return max((int(fence) for fence in fences if fence.isdecimal()), default=0)
 
 
 def load_newest(directory: Path, device: str = "cpu") -> Checkpoint | None:

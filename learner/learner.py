@@ -86,6 +86,7 @@ class Learner:
        soon after ``stop`` is set; a checkpoint of everything is on the disk either way.
     4. A resumed learner continues counters, optimiser, normalisers and the limiter's account.
     5. What other threads want of it is done in its own, ``between`` two updates.
+    6. One that another has replaced while it slept finds out before it saves, and writes nothing.
     """
 
     def __init__(
@@ -157,8 +158,7 @@ class Learner:
         """Train to the end, and return how it ended: ``finished`` or ``stopped``.
 
         Raises:
-            LearnerError: training diverged.
-            ReplayFenced: another learner has taken over this replay.
+            LearnerError: training diverged, or another learner has taken over this replay.
         """
         self._publish_if_due()
         self._settle(now=True)
@@ -264,7 +264,11 @@ class Learner:
         return reason, self._no_inserts.seconds(reason, self.env_steps)
 
     def save(self) -> Path | None:
-        """Write a checkpoint of everything. Returns None, and counts, if the disk refuses."""
+        """Write a checkpoint of everything. Returns None, and counts, if the disk refuses.
+
+        Raises LearnerError if another learner has taken over, as the server or the folder says.
+        """
+        self._settle(now=True)
         begin = time.monotonic()
         with self.recorder.clock.during("checkpoint"):
             self._take_metrics()
@@ -282,6 +286,8 @@ class Learner:
                 self.checkpoint_failures += 1
                 log.error("checkpoint_failed error=%s", error)
                 return None
+            except ReplayFenced as error:
+                raise LearnerError(f"{error}; this one stops") from error
         self.recorder.exporter.update(
             {
                 "checkpoint_seconds": time.monotonic() - begin,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from learner.checkpoint import CheckpointError, load, load_newest, save
+from replay_service import ReplayFenced
 
 STATE = {"agent": {"weight": torch.arange(6.0).reshape(2, 3)}, "updates": 7, "name": "v3"}
 
@@ -50,6 +51,36 @@ def test_a_later_fence_is_newer_than_more_updates(tmp_path: Path) -> None:
     found = load_newest(tmp_path)
     assert found is not None
     assert found.manifest["update"] == 100
+
+
+@pytest.mark.parametrize("successor", ["000002-0000000100-000000000001", ".partial-000002-1-1"])
+def test_a_replaced_learner_writes_nothing_and_takes_nothing_away(
+    tmp_path: Path, successor: str
+) -> None:
+    kept = [write(tmp_path, update).name for update in (1, 2, 3)]
+    (tmp_path / successor).mkdir()
+    (tmp_path / successor / "state.pt").write_bytes(b"half of")
+    for update in (3, 4):  # one that is there already, and a new one
+        with pytest.raises(ReplayFenced, match="fence 1 was replaced by 2"):
+            write(tmp_path, update)
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, successor}
+    assert (tmp_path / successor / "state.pt").read_bytes() == b"half of"
+
+
+def test_a_learner_that_is_replaced_while_it_writes_does_not_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, dump = write(tmp_path, 1).name, torch.save
+
+    def slowly(*words: object) -> None:
+        dump(*words)
+        (tmp_path / "000002-0000000001-000000000064").mkdir()
+
+    monkeypatch.setattr(torch, "save", slowly)
+    with pytest.raises(ReplayFenced):
+        write(tmp_path, 2)
+    finished = {path.name for path in tmp_path.glob("[0-9]*")}
+    assert finished == {kept, "000002-0000000001-000000000064"}
 
 
 @pytest.mark.parametrize("name", ["state.pt", "manifest.json"])

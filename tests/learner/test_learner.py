@@ -405,6 +405,31 @@ def test_a_newer_learner_ends_this_one(server: EmbeddedServer, tmp_path: Path) -
         stand.close()
 
 
+def test_a_replaced_learner_that_wakes_up_saves_nothing_however_it_ends(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    zombie = make_stand(server.url, tmp_path, target=64)
+    other = make_stand(server.url, tmp_path / "other", target=64)
+    folder = tmp_path / "checkpoints"
+    try:
+        # It has been told to stop, and the successor has not saved yet: only the server knows.
+        zombie.learner.stop.set()
+        with pytest.raises(LearnerError, match="another learner"):
+            zombie.learner._finish()
+        assert not folder.exists()
+        # And the server cannot be asked, but the folder tells.
+        path = other.learner.save()
+        assert path is not None
+        path.parent.rename(folder)
+        zombie.learner.client = ReplayClient(f"unix://{tmp_path}/gone.sock")
+        with pytest.raises(LearnerError, match=r"another learner runs; this one stops"):
+            zombie.learner.save()
+        assert [left.name for left in folder.iterdir()] == [path.name]
+    finally:
+        zombie.close()
+        other.close()
+
+
 @pytest.mark.usefixtures("feed")
 def test_a_diverged_run_ends_and_saves_nothing(server: EmbeddedServer, tmp_path: Path) -> None:
     stand = make_stand(server.url, tmp_path, target=10**6)
