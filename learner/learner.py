@@ -114,6 +114,7 @@ class Learner:
         self.outcome = ""
         self._values: dict[str, float] = {}
         self._no_updates, self._no_inserts = Standstill(), Standstill()
+        self._unsettled = ""
         self._memory = ByteBudget(
             "replay server",
             "raise --replay.redis-memory-bytes (or the server's maxmemory), or lower "
@@ -249,6 +250,8 @@ class Learner:
         """Return why no update starts, and for how many seconds none has."""
         restoring = self.reseeder.progress if self.reseeder else ""
         reason = restoring or self.pace.reason
+        if reason and self.mirror.trouble:
+            reason = f"{reason} ({self.mirror.trouble})"
         return reason, self._no_updates.seconds(reason, self.updates)
 
     def _who_waits(self) -> str:
@@ -258,8 +261,8 @@ class Learner:
 
     def _inserts_wait(self) -> tuple[str, float]:
         """Return why no insert is admitted, and for how many seconds none has been."""
-        reason, size = "", self.mirror.size_steps
-        if not self.facts.lockstep:
+        reason, size = self._unsettled, self.mirror.size_steps
+        if not reason and not self.facts.lockstep:
             reason = self.limiter.why_inserts_wait(size, self.env_steps, self.updates)
         return reason, self._no_inserts.seconds(reason, self.env_steps)
 
@@ -387,9 +390,12 @@ class Learner:
                 raise LearnerError(f"{error}; this one stops") from error
             except ReplayUnavailable as error:
                 log.warning("settle_failed error=%s", error)
+                # Several servers are named one by one, see `_who_waits`.
+                why = "no replay server answers" if self.client.shards else str(error)
+                self._unsettled = f"inserts wait: {why}"
                 self._settle_at = moment + SETTLE_RETRY_S
                 return
-        self._settle_at = moment + SETTLE_EVERY_S
+        self._unsettled, self._settle_at = "", moment + SETTLE_EVERY_S
 
     def _settle_or_restore(self) -> None:
         try:
@@ -486,7 +492,7 @@ class Learner:
             "replay_budget_steps": self.budget(),
             "replay_memory_share": self._memory_share(),
             "replay_servers": len(self.client.shards) or 1,
-            "replay_servers_away": self.client.away,
+            "replay_servers_away": self.client.away or bool(self._unsettled or mirror.trouble),
             "mirror_memory_share": self._mirror_memory.watch(*mirror.memory()),
             "mirror_queue_share": mirror.queue_share,
             "updates_waiting_seconds": self._updates_wait()[1],

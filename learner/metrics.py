@@ -158,7 +158,7 @@ _GAUGES = {
     "replay_budget_steps": "Inserted steps up to which actors are admitted.",
     "replay_memory_share": "Share of the replay server's memory limit that is used, 0 to 1.",
     "replay_servers": "Replay servers that share the work.",
-    "replay_servers_away": "Of several replay servers those that do not answer; their actors wait.",
+    "replay_servers_away": "Replay servers that do not answer; their actors wait.",
     "mirror_memory_share": "Bytes of the full mirror by those there is room for, 1 at the limit.",
     "mirror_queue_share": "Share of the memory for chunks not yet applied that is used, 0 to 1.",
     "updates_waiting_seconds": "For how long no update could start; 0 while they run.",

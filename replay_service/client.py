@@ -79,8 +79,8 @@ class ReplayClient:
             people who that is. Empty takes part in anybody's.
 
     Attributes:
-        trouble, away, shards: empty and 0: of a single server only calls say what goes wrong. A
-            `ShardedClient` notes it.
+        trouble, away, shards: empty and 0: of a single server only calls say what goes wrong, and
+            whoever makes them tells people. A `ShardedClient` notes it.
     """
 
     def __init__(

@@ -1,10 +1,14 @@
 """The learner against a real server, with experience written by the test instead of actors."""
 
+import io
 import itertools
 import json
+import os
+import re
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +18,10 @@ import numpy as np
 import pytest
 import redis
 import torch
+from rich.console import Console
 
 from deploy.launch import count_on, resume
+from deploy.progress import view
 from deploy.servers import create_replay, take_fence
 from dreamer.agent import Agent, make_agent, record_columns
 from dreamer.presets import agent_config
@@ -28,6 +34,7 @@ from learner.learner import Learner, LearnerError, RunFacts
 from learner.pace import FreePace
 from learner.publish import Publisher
 from learner.record import Recorder
+from learner.status import write_status
 from learner.step import UpdateStep
 from replay_service import (
     Column,
@@ -428,6 +435,47 @@ def test_a_replaced_learner_that_wakes_up_saves_nothing_however_it_ends(
     finally:
         zombie.close()
         other.close()
+
+
+@pytest.mark.usefixtures("feed")
+def test_while_its_only_server_is_away_a_run_says_so_until_it_is_back(
+    server: EmbeddedServer, tmp_path: Path
+) -> None:
+    stand = make_stand(server.url, tmp_path, target=10**6)
+    learner, directory = stand.learner, tmp_path / "replay"
+    end = threading.Thread(target=learner.run)
+
+    def away() -> float | None:
+        registry = stand.recorder.exporter.registry
+        return registry.get_sample_value("dreamer_replay_servers_away")
+
+    def wait(until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not until():
+            assert time.monotonic() < deadline, (learner.snapshot(), away())
+            time.sleep(0.05)
+
+    end.start()
+    try:
+        wait(lambda: learner.updates > 5 and away() == 0)
+        os.kill(server.process_id, signal.SIGKILL)
+        wait(lambda: away() == 1 and str(directory) in learner.snapshot().waiting_for)
+        snapshot = learner.snapshot()
+        for said in (snapshot.waiting_for, snapshot.inserts_wait):
+            assert re.search(rf"the server at unix://{directory}/redis.sock .* for \d+ s", said)
+        assert snapshot.inserts_wait.startswith("inserts wait: ")
+        write_status(tmp_path / "status.json", snapshot)
+        shown = Console(width=400, record=True, file=io.StringIO())
+        shown.print(view(json.loads((tmp_path / "status.json").read_text())))
+        assert snapshot.inserts_wait in shown.export_text()
+        before = learner.updates
+        server.start()
+        wait(lambda: away() == 0 and learner.updates > before + 5)
+        assert "server" not in learner.snapshot().waiting_for + learner.snapshot().inserts_wait
+    finally:
+        learner.stop.set()
+        end.join(60)
+        stand.close()
 
 
 @pytest.mark.usefixtures("feed")
