@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
@@ -64,6 +65,8 @@ log = logging.getLogger(__name__)
 DRAIN_S = 5.0
 """Time in which actors may hand over what they hold when a run ends."""
 STATUS_EVERY_S = 1.0
+REBUILDING_EVERY_S = 2.0
+"""How often a run that is continued says how far its mirror is."""
 PUBLISH_S = 120.0
 """Time in which the hub must have answered; the first time it may still be starting."""
 
@@ -138,7 +141,7 @@ def train(config: TrainConfig) -> int:
         stack.callback(learner.recorder.close)
         export_fleet(learner, fleet)
         stack.enter_context(findable(config, client, learner))
-        count_on(learner, resume(learner, run))
+        count_on(learner, resume(learner, run, client.stats().size_steps))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
         fleet.start(learner.stop.set)
         with reporting(learner, lambda: heeded(run, fleet, joining), run, f"{config.env} · {run}"):
@@ -416,13 +419,24 @@ def findable(
         yield
 
 
-def resume(learner: Learner, run: Path) -> Checkpoint | None:
-    """Rebuild the mirror from the log, and continue from the newest valid checkpoint if any."""
+def resume(learner: Learner, run: Path, log_steps: int | None = None) -> Checkpoint | None:
+    """Rebuild the mirror from the log, and continue from the newest valid checkpoint if any.
+
+    Blocks while the log is read, and says every two seconds how far that is.
+
+    Args:
+        learner: with a mirror that has been started.
+        run: its directory.
+        log_steps: that the log holds, where that is known.
+    """
     from learner.checkpoint import load_newest
 
-    mirror = learner.mirror
+    mirror, said = learner.mirror, time.monotonic()
     for episodes in mirror.rebuild():
         learner.recorder.score(episodes)
+        if time.monotonic() - said >= REBUILDING_EVERY_S:
+            say_rebuilding(learner, run, log_steps)
+            said = time.monotonic()
     saved = load_newest(run / "checkpoints")
     if saved is None:
         return None
@@ -437,6 +451,21 @@ def resume(learner: Learner, run: Path) -> Checkpoint | None:
         mirror.size_steps,
     )
     return saved
+
+
+def say_rebuilding(learner: Learner, run: Path, log_steps: int | None) -> None:
+    """Show on the terminal and in ``status.json`` how far the mirror has been rebuilt."""
+    from learner.status import write_status
+
+    mirror = learner.mirror
+    of = "" if log_steps is None else f" of the {log_steps:,} steps in the log"
+    learner.pace.reason = (
+        f"updates wait for the mirror: {mirror.size_steps:,}{of} are read "
+        f"({mirror.rebuild_share:.0%})"
+    )
+    snapshot = learner.snapshot()
+    log.info("mirror_rebuilding %s", snapshot.waiting_for)
+    write_status(run / STATUS_FILE, snapshot)
 
 
 def count_on(learner: Learner, saved: Checkpoint | None) -> None:

@@ -102,7 +102,7 @@ def train_offline(config: TrainConfig) -> int:
         stack.callback(mirror.stop)
         learner = make_learner(config, run, facts, mirror)
         stack.callback(learner.recorder.close)
-        resume(learner, run)
+        resume(learner, run, source.steps)
         require_windows(config, mirror)
         with (
             reporting(learner, list, run, f"{config.env} · {run} · offline"),

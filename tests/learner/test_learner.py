@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -280,6 +281,46 @@ def test_a_resumed_run_continues_counters_replay_and_scores(
     assert steps == sorted(steps)
     episodes = len(steps)
     assert abs(episodes - second.learner.env_steps / EPISODE) <= 2
+
+
+def test_a_run_that_is_continued_says_how_far_its_mirror_is(
+    server: EmbeddedServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "deploy.launch")
+    first = make_stand(server.url, tmp_path, target=10**6)
+    with writing(first, 96):
+        pass
+    held = first.client.stats().size_steps
+    first.close()
+    quick = make_stand(server.url, tmp_path, target=10**6)
+    resume(quick.learner, tmp_path, held)
+    quick.close()
+    assert "rebuilding" not in caplog.text and not (tmp_path / "status.json").exists()
+
+    monkeypatch.setattr("deploy.launch.REBUILDING_EVERY_S", 0.0)
+    slow = make_stand(server.url, tmp_path, target=10**6)
+    slow.mirror.stop()
+    slow.mirror = slow.learner.mirror = Mirror(  # which takes one chunk after the other
+        slow.client, slow.schema, capacity_steps=2000, window_steps=9, queue_bytes=1
+    )
+    slow.mirror.start()
+    try:
+        resume(slow.learner, tmp_path, held)
+        snapshot = json.loads((tmp_path / "status.json").read_text())
+    finally:
+        slow.close()
+    found = re.findall(
+        rf"mirror_rebuilding updates wait for the mirror: (\d+) of the {held} steps in the log "
+        r"are read \((\d+)%\) for \d+ s",
+        caplog.text,
+    )
+    shares = [int(share) for _, share in found]
+    assert found[-1] == (str(held), "100")
+    assert shares == sorted(shares) and len(set(shares)) > 1
+    assert snapshot["waiting_for"].startswith("updates wait for the mirror: ")
 
 
 @pytest.mark.usefixtures("feed")
