@@ -102,9 +102,10 @@ class ReplayConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the rest of a batch is drawn."""
     durability: Literal["none", "everysec", "strict"] = "everysec"
-    """What the embedded server keeps: none writes nothing to disk, so its end is the replay's end;
-    everysec survives the death of any process and may lose two seconds of acknowledged steps in a
-    power cut; strict acknowledges only what is on the disk, at the cost of one sync per insert."""
+    """What the embedded server keeps. none: it writes nothing to disk, so its end is the replay's
+    end. everysec: a power cut may take two seconds of acknowledged steps, and so may the death of
+    the server, but only while a sync of a slow disk holds its writes back. strict: it acknowledges
+    only what is on the disk, at the cost of one sync per insert."""
     on_data_loss: Literal["reseed", "continue"] = "reseed"
     """If the server loses all its data: reseed writes the learner's copy back before actors go on,
     so that a restarted learner finds it; continue goes on with an empty log, at once."""
