@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
-        config = with_joined(config, run)
+        config, new = with_joined(config, run), not (run / FILE_NAME).exists()
         sentinel = stack.enter_context(Sentinel())
 
         # What is learnt from what
@@ -109,7 +109,9 @@ def train(config: TrainConfig) -> int:
         url = stack.enter_context(replay_server(config, run))
         clients = stack.enter_context(ExitStack())
         client = clients.enter_context(closing(connect(config, url, owner_of(run))))
-        limits = create_replay(client, schema, limits, run, take_over=config.replay.take_over)
+        limits = create_replay(
+            client, schema, limits, run, take_over=config.replay.take_over, new=new
+        )
         mirror = Mirror(
             servers_of(client),
             schema,

@@ -50,6 +50,13 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         os.close(lock)
 
 
+def forget_refused(directory: Path) -> None:
+    """Take back what a new run has written of itself, if that is all there is: it did not begin."""
+    if {path.name for path in directory.iterdir()} == {LOCK, FILE_NAME, ID_FILE}:
+        (directory / FILE_NAME).unlink()
+        (directory / ID_FILE).unlink()
+
+
 def run_id(directory: Path) -> str:
     """Return what names the run of a directory wherever it is moved; made up the first time.
 

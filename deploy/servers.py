@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from deploy.config import EMBEDDED, TrainConfig
-from deploy.rundir import run_id
+from deploy.rundir import forget_refused, run_id
 from replay_service import (
     EmbeddedServer,
     Limits,
     ReplayClient,
+    ReplayOwned,
     Reseeder,
     Schema,
     ShardedClient,
@@ -121,8 +122,12 @@ def create_replay(
     run: Path,
     *,
     take_over: bool = False,
+    new: bool = False,
 ) -> Limits:
     """Create the replay; if the run has lost the one it had, closed to actors until `count_on`.
+
+    A `new` run that is refused because the replay is another's leaves nothing in its directory, so
+    that the command can be mended; unless one of several servers carries its mark already.
 
     Returns:
         The limits that it has, within the memory of the smallest server.
@@ -136,7 +141,13 @@ def create_replay(
     for server in servers_of(client):
         limits = fit_to_server(server, schema, limits)
     continued = newest_fence(run / "checkpoints") > 0
-    client.create(schema, limits, token="resume" if continued else None, take_over=take_over)
+    try:
+        client.create(schema, limits, token="resume" if continued else None, take_over=take_over)
+    except ReplayOwned:
+        marks = [one.counters().get("owner", b"").decode() for one in servers_of(client)]
+        if new and not any(mark.startswith(run_id(run)) for mark in marks):
+            forget_refused(run)
+        raise
     return limits
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from deploy.cli import main
 from deploy.config import FILE_NAME, load_config, save_config, with_values
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
@@ -196,6 +197,20 @@ def test_the_learners_role_may_ask_for_the_servers_memory(tmp_path: Path) -> Non
         learner = ReplayClient(address_for(server.url, config, "learner"))
         create_replay(learner, SCHEMA, LIMITS, tmp_path)
         learner.close()
+
+
+def test_a_new_run_that_is_refused_leaves_nothing_unless_a_server_is_marked_as_its_own(
+    client: ReplayClient, tmp_path: Path
+) -> None:
+    client.owner = "0123456789ab another run"
+    client.create(SCHEMA, LIMITS)
+    run = tmp_path / "new"
+    words = ["train", "--preset", "v3-cartpole", "--run-dir", str(run), "--redis"]
+    assert main([*words, client.url]) == 2
+    assert not run.exists()
+    with EmbeddedServer(tmp_path / "free", max_memory_bytes=2**26) as free:
+        assert main([*words, f"{free.url},{client.url}"]) == 2
+        assert {path.name for path in run.iterdir()} == {"lock", "id", FILE_NAME}
 
 
 def test_password_that_crosses_a_network_in_the_clear_is_warned_of(
