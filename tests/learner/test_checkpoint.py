@@ -177,3 +177,37 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(
     assert found.skipped == ()
     write(tmp_path, 3)
     assert not list(tmp_path.glob(".partial-*"))
+
+
+# The largest file that the process may write: the system refuses what is beyond, as a full disk
+# does, without any right to mount one.
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from learner.checkpoint import CheckpointError, save
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+state = {"weight": torch.zeros(2**16)}
+try:
+    save(Path(sys.argv[1]), state, fence=1, update=2, env_steps=128, keep=3)
+except CheckpointError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("room", [0, 100_000])
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(tmp_path: Path, room: int) -> None:
+    write(tmp_path, 1)
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(room)]
+    environment = {**os.environ, "PYTHONPATH": "."}
+    ended = subprocess.run(
+        command, timeout=120, check=False, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "cannot write checkpoint" in ended.stderr and "earlier checkpoints" in ended.stderr
+    found = load_newest(tmp_path)
+    assert found is not None and found.manifest["update"] == 1 and found.skipped == ()
+    write(tmp_path, 3)
+    assert not list(tmp_path.glob(".partial-*"))
