@@ -29,12 +29,15 @@ from replay_service import (
     ReplayUnavailable,
     check_server,
 )
+from replay_service.limiter import CreditLimiter
 from replay_service.tail import Arrival, LogTail
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 2**27
 LEAD = 1_000
 """Steps by which writers may be ahead of the follower, which therefore never misses any."""
+BATCH = 8
+"""Steps that the follower replays at a time; as many as a chunk of a writer has."""
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 60.0, what: str = "this") -> float:
@@ -81,14 +84,28 @@ class Ledger:
 
 
 class Follower:
-    """Follows the log in a thread, pays for more inserts, and keeps the ledger."""
+    """Follows the log in a thread, pays for more inserts as a learner does, and keeps the ledger.
+
+    It counts every step that it reads as replayed once. `account` is for a check of the band.
+    """
 
     def __init__(self, client: ReplayClient, *, lead: int = LEAD) -> None:
         self.ledger = Ledger()
         self.fence = client.acquire_fence()
         self.fenced = 0
         self.position = 0
-        self._client, self._lead = client, lead
+        self.updates = 0
+        self.account = CreditLimiter(
+            train_ratio=1,
+            batch_steps=BATCH,
+            chunk_steps=BATCH,
+            min_size_steps=BATCH,
+            capacity_steps=10 * lead,
+            insert_tolerance=lead,
+            sample_tolerance=BATCH,
+            offset_steps=0,
+        )
+        self._client = client
         self._tail = LogTail(client, SCHEMA, queue_bytes=2**26)
         self._tail.start()
         self._ending = threading.Event()
@@ -112,8 +129,12 @@ class Follower:
             for arrival in self._tail.take():
                 self.ledger.enter(arrival)
                 self.position = arrival.entry.position + arrival.entry.steps
+            # Whatever was evicted since, it has read: the size that matters is what it has seen.
+            while self.account.may_start_update(self.position, self.position, self.updates):
+                self.updates += 1
+            replayed = self.account.replayed_steps(self.updates)
             try:
-                self._client.settle(self.fence, 0, self.position + self._lead)
+                self._client.settle(self.fence, replayed, self.account.budget(self.updates))
             except ReplayFenced:
                 self.fenced += 1
                 self._renew()
@@ -324,7 +345,12 @@ class Rig:
         newest = dict[str, int]()
         for sid, seq in self.acknowledged():
             newest[sid] = max(newest.get(sid, 0), seq)
-        report = check_server(self.client, acknowledged=newest, excused=excused)
+        report = check_server(
+            self.client,
+            account=self.follower.account,
+            acknowledged=newest,
+            excused=excused,
+        )
         assert report.ok, report.violations
         assert not self.follower.ledger.problems, self.follower.ledger.problems[:5]
         assert not self.missing(), sorted(self.missing())[:5]

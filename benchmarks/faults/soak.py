@@ -208,7 +208,7 @@ class Soak:
             self._note(writer.finish())
         self.rig.catch_up()
         ledger = self.rig.follower.ledger
-        report = check_server(self.rig.client)
+        report = check_server(self.rig.client, account=self.rig.follower.account)
         return {
             "faults": total,
             "seconds": round(seconds, 1),

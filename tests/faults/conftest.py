@@ -10,6 +10,7 @@ import pytest
 from benchmarks.faults.rig import Rig
 
 Row = tuple[str, str, str]
+_FOLDER = "tests/faults/"
 _ROWS = pytest.StashKey[list[Row]]()
 
 
@@ -40,10 +41,15 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table."""
+    """Print the table, and which of its rows this machine did not allow."""
     rows = terminalreporter.config.stash.get(_ROWS, [])
-    if not rows:
+    skipped = [one for one in terminalreporter.stats.get("skipped", []) if _FOLDER in one.nodeid]
+    if not rows and not skipped:
         return
     terminalreporter.section("recovery")
     for name, seconds, lost in rows:
         terminalreporter.write_line(f"{seconds:>8} s  lost: {lost:<28}  {name}")
+    for report in skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        shown = report.nodeid.partition("::")[2].removeprefix("test_").replace("_", " ")
+        terminalreporter.write_line(f"not done here: {shown} ({reason})")
