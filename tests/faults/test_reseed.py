@@ -117,7 +117,9 @@ def test_data_of_the_server_is_gone_and_the_mirror_puts_it_back(
         seconds = time.monotonic() - began
 
         after = rig.client.stats()
-        assert after.inserted_steps >= before.inserted_steps and after.replayed_steps in (0, 500)
+        assert after.inserted_steps >= before.inserted_steps
+        # What was put back, or what the follower has settled since.
+        assert after.replayed_steps == 500 or after.replayed_steps >= before.replayed_steps
         assert after.born > before.born and reseeder.losses == 1 and reseeder.progress == ""
         counters = rig.verify()
         # Writers went on in their streams, sending again at most what the mirror had not read.
