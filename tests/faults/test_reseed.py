@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from benchmarks.faults.records import SCHEMA
-from benchmarks.faults.rig import Rig, until
+from benchmarks.faults.rig import LEAD, Rig, until
 from replay_service import (
     Limits,
     Mirror,
@@ -112,7 +112,7 @@ def test_data_of_the_server_is_gone_and_the_mirror_puts_it_back(
             rig.client.settle(rig.follower.fence, 1, 2)
         rig.follower_proxy.heal()
         began = time.monotonic()
-        reseeder.run(500, 10**6)
+        reseeder.run(500, rig.follower.account.i0 + 500 + LEAD)
         rig.wait_chunks(2)
         seconds = time.monotonic() - began
 
