@@ -105,7 +105,7 @@ def main() -> None:
     from rich.console import Console
 
     result = compare(tyro.cli(PublishedOptions, prog="python -m benchmarks.published"))
-    Console().print_json(json.dumps(result))
+    Console(emoji=False).print_json(json.dumps(result))
 
 
 if __name__ == "__main__":

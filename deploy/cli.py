@@ -340,16 +340,15 @@ def _complain(error: BaseException, code: int) -> None:
         )
     from rich.console import Console
 
-    Console(stderr=True).print(
-        f"{PROG}: [bold red]error:[/] ", end="", highlight=False, soft_wrap=True
-    )
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    shown = Console(stderr=True, emoji=False)
+    shown.print(f"{PROG}: [bold red]error:[/] ", end="", highlight=False, soft_wrap=True)
+    shown.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _console() -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(emoji=False)
 
 
 def _set_up_logging(debug: bool) -> None:

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 @functools.cache
 def console() -> Console:
     """The one console that the live view, messages and logs share, so that they do not overlap."""
-    return Console(highlight=False)
+    return Console(highlight=False, emoji=False)
 
 
 def log_handler() -> logging.Handler:
@@ -80,11 +80,11 @@ def follow(read: Callable[[], Snapshot | None], title: str = "") -> Iterator[Non
 def view(snapshot: Snapshot, title: str = "") -> RenderableType:
     """Return the whole picture of a snapshot: counters, losses, actors, what bounds the run."""
     if not snapshot:
-        return Panel(Text("starting …", _FAINT), title=title or None, title_align="left")
+        return Panel(Text("starting …", _FAINT), title=Text(title), title_align="left")
     parts: list[RenderableType] = [_facts(snapshot)]
     if snapshot.get("per_actor"):
         parts += [Text(""), _actors(snapshot["per_actor"])]
-    return Panel(Group(*parts), title=title or None, title_align="left")
+    return Panel(Group(*parts), title=Text(title), title_align="left")
 
 
 def line(snapshot: Snapshot) -> str:
@@ -142,7 +142,9 @@ def summary(directory: Path, snapshot: Snapshot, env: str = "") -> RenderableTyp
     commands = Text("\n".join(f"  {command}" for command in try_next(directory, snapshot)))
     commands.overflow = "fold"
     return Group(
-        Panel(grid, title=str(directory), title_align="left"), Text("try next", _FAINT), commands
+        Panel(grid, title=Text(str(directory)), title_align="left"),
+        Text("try next", _FAINT),
+        commands,
     )
 
 

@@ -45,7 +45,8 @@ def runs(options: RunsOptions) -> int:
             console().print_json(json.dumps(run))
     elif found:
         # In a pipe nothing needs to be cut to the width of a terminal.
-        wide = console() if console().is_terminal else Console(width=PIPE_WIDTH, highlight=False)
+        piped = Console(width=PIPE_WIDTH, highlight=False, emoji=False)
+        wide = console() if console().is_terminal else piped
         wide.print(_table(found))
     else:
         console().print(f"no runs in {options.folder}")

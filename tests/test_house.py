@@ -220,6 +220,17 @@ def test_no_part_prints_or_swallows_everything() -> None:
     assert not wrong, wrong
 
 
+def test_nothing_on_the_terminal_becomes_an_emoji() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in python_files(*PACKAGES)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console"
+        if not any(word.arg == "emoji" for word in node.keywords)
+    ]
+    assert not wrong, f"names such as env:boom:v1 would be changed: pass emoji=False at {wrong}"
+
+
 def test_no_file_carries_a_path_of_somebodys_machine() -> None:
     homes = re.compile(r"(?<![\w.])/(?:home|Users|root)/\w")
     wrong = [

@@ -198,7 +198,7 @@ def main() -> None:
     options = parser.parse_args()
     python = environment(options.venv)
     result = run(python, rounds=options.rounds, steps=options.steps, samples=options.samples)
-    Console().print(table(result))
+    Console(emoji=False).print(table(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -51,6 +51,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert text.count("\n") == 1 and "Traceback" not in text
 
 
+def test_words_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = tmp_path / "a:boom:b"
+    assert main(["status", str(named)]) == 2
+    assert f"there is no run in {named}" in said(capsys)
+    named.mkdir()
+    assert main(["runs", str(named)]) == 0
+    assert "a:boom:b" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ConfigError):
         main(["train", "--steps", "0", "--debug"])

@@ -54,6 +54,12 @@ def test_view_shows_every_part_of_a_snapshot() -> None:
     assert "log" not in shown
 
 
+def test_names_of_runs_are_shown_as_they_are() -> None:
+    for what in (progress.view(FULL, "runs/a:boom:[b]"), progress.view({}, "runs/a:boom:[b]")):
+        assert "runs/a:boom:[b]" in drawn(what)
+    assert "runs/a:boom:[b]" in drawn(progress.summary(Path("runs/a:boom:[b]"), FULL))
+
+
 @pytest.mark.parametrize("missing", [*FULL, None])
 def test_view_and_line_survive_what_is_not_known_yet(missing: str | None) -> None:
     known = {} if missing is None else {k: v for k, v in FULL.items() if k != missing}
