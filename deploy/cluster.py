@@ -137,7 +137,7 @@ def _start_private(cpus: int, sentinel: Sentinel) -> None:
 
 def _join(address: str) -> None:
     if address != "auto":
-        _require_listener(address)
+        require_listener(address)
     _set_environment({"RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled")}, False)
     import ray
 
@@ -156,8 +156,11 @@ def _join(address: str) -> None:
     log.info("ray_joined address=%s", address)
 
 
-def _require_listener(address: str) -> None:
-    """Raise ClusterError if nothing listens there: Ray itself would try for many minutes."""
+def require_listener(address: str) -> None:
+    """Raise ClusterError if nothing listens there: Ray itself would try for many minutes.
+
+    Blocks for at most 5 s.
+    """
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), LISTENER_TIMEOUT_S).close()

@@ -22,6 +22,7 @@ from deploy.cluster import actor_resources, ray_cluster, this_node
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, config_hash, save_config
 from deploy.interrupts import Interrupts
 from deploy.join import Joining
+from deploy.preflight import require_startable
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
 from deploy.rundir import run_directory, run_id
@@ -88,9 +89,9 @@ def train(config: TrainConfig) -> int:
         sentinel = stack.enter_context(Sentinel())
 
         # What is learnt from what
-        facts = probe(config.env, config.environment)
-        schema = record_schema(config, facts)
-        streams, device = config.actors * config.envs_per_actor, choose_device(config.device)
+        facts, device = probe(config.env, config.environment), choose_device(config.device)
+        require_startable(config, facts, device)
+        schema, streams = record_schema(config, facts), config.actors * config.envs_per_actor
         window = config.learner.batch_length + config.agent.context
         limits, limiter = plan_limits(
             config.replay,
@@ -112,18 +113,7 @@ def train(config: TrainConfig) -> int:
         limits = create_replay(
             client, schema, limits, run, take_over=config.replay.take_over, new=new
         )
-        mirror = Mirror(
-            servers_of(client),
-            schema,
-            capacity_steps=config.replay.capacity_steps,
-            window_steps=window,
-            page_steps=config.replay.page_steps,
-            placement=config.replay.placement,
-            device=device,
-            directory=run / "mirror",
-            online=config.replay.online,
-            sampling=config.replay.sampling,
-        )
+        mirror = make_mirror(config, client, schema, window, device, run)
         mirror.start()
         stack.callback(mirror.stop)
 
@@ -208,6 +198,29 @@ def check_memory(config: TrainConfig, schema: Schema, streams: int, device: str,
     log.info("memory_planned %s", plan.describe())
     for note in plan.notes:
         log.warning("memory_note %s", note)
+
+
+def make_mirror(
+    config: TrainConfig,
+    client: ReplayClient | ShardedClient,
+    schema: Schema,
+    window: int,
+    device: str,
+    run: Path,
+) -> Mirror:
+    """Return the learner's mirror of all servers, for windows of so many steps."""
+    return Mirror(
+        servers_of(client),
+        schema,
+        capacity_steps=config.replay.capacity_steps,
+        window_steps=window,
+        page_steps=config.replay.page_steps,
+        placement=config.replay.placement,
+        device=device,
+        directory=run / "mirror",
+        online=config.replay.online,
+        sampling=config.replay.sampling,
+    )
 
 
 def standing_crew(config: TrainConfig, run: Path) -> Standing | None:

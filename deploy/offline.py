@@ -27,6 +27,7 @@ from deploy.launch import (
     reporting,
     resume,
 )
+from deploy.preflight import require_startable
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, summary
 from deploy.replaycmd import Access, open_replays
@@ -93,6 +94,7 @@ def train_offline(config: TrainConfig) -> int:
         stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
         facts = probe(config.env, config.environment)
+        require_startable(config, facts, choose_device(config.device))
         source = stack.enter_context(open_source(config))
         wanted = record_schema(config, facts)
         require_columns(config, wanted, source.schema)

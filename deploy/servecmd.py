@@ -22,6 +22,7 @@ from replay_service import (
 )
 from replay_service.discovery import Target, reached_at
 from replay_service.exporter import ReplayMetrics, ReplayService, ReplayWatch
+from replay_service.ports import require_free_port
 from replay_service.security import RoleName, password_file
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ def serve_replay(options: ReplayServeOptions) -> int:
     A server that does not answer yet is waited for: /healthz says so meanwhile.
 
     Raises:
-        ConfigError, ReplayError: the server or the token file cannot be used as they are.
-        OSError: the port is taken, or the address is not of this machine.
+        ConfigError, ReplayError: the server, the port or the token file cannot be used as they are.
     """
     if has_password(options.url):
         raise ConfigError(
@@ -45,6 +45,8 @@ def serve_replay(options: ReplayServeOptions) -> int:
             "--password-file"
         )
     host, port = address_of(options.listen)
+    if port:
+        require_free_port(host, port, "--listen")
     with ExitStack() as stack:
         watch, keeper = _clients(options)
         for client in filter(None, (watch, keeper)):

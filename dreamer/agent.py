@@ -331,6 +331,12 @@ def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpa
     return found(config, obs_space, action_space)
 
 
+def check_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> None:
+    """Raise what `make_agent` would, without its memory, time or random numbers."""
+    with torch.device("meta"):
+        make_agent(config, obs_space, action_space)
+
+
 def agent_class(name: str) -> type[Agent]:
     """Return the class of a registered agent. Raises ValueError on unknown names."""
     if name not in AGENTS:

@@ -252,16 +252,21 @@ def resolve_mode(mode: Mode, device: torch.device, updates: int = 0) -> Mode:
     Raises:
         ValueError: a graph was asked for without CUDA.
     """
-    if mode == "auto":
-        if device.type == "cuda":
-            return "graph"
-        return "compile" if updates >= COMPILE_PAYS and can_compile() else "eager"
+    check_mode(mode, device)
+    if mode != "auto":
+        return mode
+    if device.type == "cuda":
+        return "graph"
+    return "compile" if updates >= COMPILE_PAYS and can_compile() else "eager"
+
+
+def check_mode(mode: Mode, device: torch.device) -> None:
+    """Raise ValueError if a graph is asked for without CUDA."""
     if mode == "graph" and device.type != "cuda":
         raise ValueError(
             f"learner.mode 'graph' needs a CUDA device, got {device.type!r}; "
             "use 'eager' or 'compile'"
         )
-    return mode
 
 
 def can_compile() -> bool:

@@ -23,6 +23,7 @@ from typing import Literal
 import redis
 
 from replay_service.errors import ReplayConfigError, ReplayTimeout, ReplayUnavailable
+from replay_service.ports import require_free_port
 from replay_service.security import ACL_FILE, is_loopback, password_file, read_password
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class EmbeddedServer:
         load_timeout_s: how long reading back an existing log may take.
 
     Entering (or `start`) blocks until the server answers; it raises `ReplayConfigError` where no
-    usable binary exists, the directory is taken or its data would be ignored,
+    usable binary exists, the directory or the port is taken, or its data would be ignored,
     `ReplayUnavailable` if the server ends at once, and `ReplayTimeout` after `load_timeout_s`.
 
     Raises:
@@ -130,6 +131,9 @@ class EmbeddedServer:
         self._require_nothing_ignored()
         lock = self._lock_directory()
         try:
+            if self._listen is not None:
+                # Not before: until the directory is free, a predecessor may listen there.
+                require_free_port(*self._listen, "--replay.listen")
             self._socket = self._socket_path()
             self._stopping = False
             self._spawn(binary, lock)

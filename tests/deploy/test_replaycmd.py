@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -238,6 +239,13 @@ def test_serve_says_what_it_cannot_do(
 ) -> None:
     assert main(["replay", "serve", *arguments]) == 2
     assert message in said(capsys)
+
+
+def test_serve_names_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        assert main(["replay", "serve", "redis://127.0.0.1:1", "--listen", listen]) == 2
+    assert "of --listen is in use" in said(capsys)
 
 
 @pytest.mark.parametrize("roles", [("exporter", "admin"), ("exporter",)])

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dreamer.agent import POLICY_PARTS, Agent, make_agent, record_columns
+from dreamer.agent import POLICY_PARTS, Agent, check_agent, make_agent, record_columns
+from dreamer.presets import AGENTS, agent_config
 from dreamer.rssm import State
 from dreamer.spaces import ImageSpec
 from tests.dreamer.cases import (
@@ -32,6 +33,17 @@ def test_an_agent_is_built_from_its_name() -> None:
 def test_a_space_that_the_agent_cannot_take_is_refused(obs, actions, words) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=words):
         make_agent(debug_config(), obs, actions)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_what_an_agent_cannot_take_is_found_without_building_it(name: str) -> None:
+    random = torch.get_rng_state()
+    # The largest there is: with memory and numbers it would take minutes.
+    config = agent_config(name, list(AGENTS[name].sizes)[-1])
+    check_agent(config, OBS | {"image": ImageSpec(shape=(64, 64, 3))}, ACTIONS)
+    with pytest.raises(ValueError, match=r"50.*--environment\.image-size"):
+        check_agent(config, OBS | {"image": ImageSpec(shape=(50, 50, 3))}, ACTIONS)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_equal_seeds_build_equal_agents() -> None:

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from replay_service import EmbeddedServer, ReplayClient, ReplayConfigError, ReplayUnavailable
 from replay_service import server as server_module
+from replay_service.ports import require_free_port
 from tests.replay_service.records import (
     SCHEMA,
     UNBOUNDED,
@@ -67,6 +70,27 @@ def test_second_server_in_the_same_directory_is_refused(tmp_path: Path) -> None:
         assert first.running
     with EmbeddedServer(tmp_path, max_memory_bytes=2**26) as again:
         assert again.running
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        listen = f"127.0.0.1:{other.getsockname()[1]}"
+        server = EmbeddedServer(tmp_path, max_memory_bytes=2**26, listen=listen)
+        with pytest.raises(ReplayConfigError, match=rf"--replay\.listen is in use.* at {listen}"):
+            server.start()
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"} and not caplog.records
+    # What was refused holds nothing: once the port is free, the same server starts, and again at
+    # once after it has ended.
+    for _ in range(2):
+        with server, closing(ReplayClient(server.listen_url)) as client:
+            client.check()
+
+
+def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ReplayConfigError, match=r"192\.0\.2\.1:6400, given with --there: Cannot"):
+        require_free_port("192.0.2.1", 6400, "--there")
 
 
 def test_long_directory_gets_a_private_socket(tmp_path: Path) -> None:
