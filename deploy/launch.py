@@ -25,7 +25,7 @@ from deploy.join import Joining
 from deploy.preflight import require_startable
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, follow, summary
-from deploy.rundir import run_directory, run_id
+from deploy.rundir import begin, run_directory, run_id
 from deploy.scale import heed_order
 from deploy.sentinel import Sentinel
 from deploy.servers import (
@@ -36,6 +36,7 @@ from deploy.servers import (
     replay_server,
     servers_here,
     servers_of,
+    servers_outside,
     take_fence,
     with_joined,
 )
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> int:
     with ExitStack() as stack:
         stack.enter_context(interrupts)
         run = stack.enter_context(run_directory(config))
-        config, new = with_joined(config, run), not (run / FILE_NAME).exists()
+        config = with_joined(config, run)
         sentinel = stack.enter_context(Sentinel())
 
         # What is learnt from what
@@ -111,7 +112,12 @@ def train(config: TrainConfig) -> int:
         clients = stack.enter_context(ExitStack())
         client = clients.enter_context(closing(connect(config, url, owner_of(run))))
         limits = create_replay(
-            client, schema, limits, run, take_over=config.replay.take_over, new=new
+            client,
+            schema,
+            limits,
+            run,
+            take_over=config.replay.take_over,
+            outside=servers_outside(config, client),
         )
         mirror = make_mirror(config, client, schema, window, device, run)
         mirror.start()
@@ -135,6 +141,7 @@ def train(config: TrainConfig) -> int:
         stack.enter_context(findable(config, client, learner))
         count_on(learner, resume(learner, run, client.stats().size_steps))
         stack.push(lambda _, error, __: fleet.end(DRAIN_S, leave=leaves(config, interrupts, error)))
+        begin(run)
         fleet.start(learner.stop.set)
         with reporting(learner, lambda: heeded(run, fleet, joining), run, f"{config.env} · {run}"):
             with interrupts.graceful(learner.stop.set):

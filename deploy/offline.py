@@ -31,7 +31,7 @@ from deploy.preflight import require_startable
 from deploy.probe import EnvFacts, probe
 from deploy.progress import console, summary
 from deploy.replaycmd import Access, open_replays
-from deploy.rundir import run_directory
+from deploy.rundir import begin, run_directory
 from replay_service import Archive, ArchiveLog, Mirror, Schema, ServerLog
 from replay_service.archive import MANIFEST
 from replay_service.tail import LogSource
@@ -106,6 +106,7 @@ def train_offline(config: TrainConfig) -> int:
         stack.callback(learner.recorder.close)
         resume(learner, run, source.steps)
         require_windows(config, mirror)
+        begin(run)
         with (
             reporting(learner, list, run, f"{config.env} · {run} · offline"),
             interrupts.graceful(learner.stop.set),

@@ -7,8 +7,9 @@ import logging
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, require_resumable
@@ -18,14 +19,16 @@ log = logging.getLogger(__name__)
 LOCK = "lock"
 ID_FILE = "id"
 """Holds what names this run where runs meet, such as on a Ray cluster."""
+STARTING = "starting"
+"""Is there as long as the run has not begun: what stands beside it is worth nothing yet."""
 
 
 @contextmanager
 def run_directory(config: TrainConfig) -> Iterator[Path]:
     """Lock the run directory for the time of the block, if the configuration may run there.
 
-    The configuration is not left in it yet: a run that cannot start must not keep its corrected
-    successor out.
+    A new run that ends before `begin` leaves nothing, else it would keep its corrected successor
+    out. Where it was killed, the next one that comes here removes what it has left.
 
     Raises:
         ConfigError: another process runs there, it holds a run of another configuration (the
@@ -41,20 +44,31 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         ) from error
     try:
         _take(lock, directory)
+        _clear_unbegun(directory)
+        _require_fitting(directory, config)
+        if not (directory / FILE_NAME).exists():
+            not_begun(directory)
         try:
-            _require_fitting(directory, config)
             yield directory
         finally:
-            _forget_if_unused(directory)
+            if _clear_unbegun(directory):
+                _remove(directory)
     finally:
         os.close(lock)
 
 
-def forget_refused(directory: Path) -> None:
-    """Take back what a new run has written of itself, if that is all there is: it did not begin."""
-    if {path.name for path in directory.iterdir()} == {LOCK, FILE_NAME, ID_FILE}:
-        (directory / FILE_NAME).unlink()
-        (directory / ID_FILE).unlink()
+def begin(directory: Path) -> bool:
+    """Keep what is in the directory, however the run ends. Returns whether it was not kept yet."""
+    try:
+        (directory / STARTING).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def not_begun(directory: Path) -> None:
+    """Keep nothing of a new run unless it comes to `begin`, or comes to it again."""
+    (directory / STARTING).touch()
 
 
 def run_id(directory: Path) -> str:
@@ -86,10 +100,24 @@ def _require_fitting(directory: Path, config: TrainConfig) -> None:
         )
 
 
-def _forget_if_unused(directory: Path) -> None:
-    """Remove the directory if the run left nothing in it but the lock: it could not start."""
-    if [path.name for path in directory.iterdir()] == [LOCK]:
-        (directory / LOCK).unlink()
+def _clear_unbegun(directory: Path) -> bool:
+    """Remove all but the lock if the run has not begun. Returns whether that is so."""
+    if not (directory / STARTING).exists():
+        return False
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, STARTING):
+            path.unlink()
+    # Last: whoever is killed meanwhile leaves the rest to the next one.
+    (directory / STARTING).unlink()
+    return True
+
+
+def _remove(directory: Path) -> None:
+    (directory / LOCK).unlink()
+    # A link, or where a volume is mounted, stays there empty.
+    with suppress(OSError):
         directory.rmdir()
 
 

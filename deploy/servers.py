@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from deploy.config import EMBEDDED, TrainConfig
-from deploy.rundir import forget_refused, run_id
+from deploy.rundir import begin, not_begun, run_id
 from replay_service import (
     EmbeddedServer,
     Limits,
     ReplayClient,
-    ReplayOwned,
+    ReplayError,
     Reseeder,
     Schema,
     ShardedClient,
@@ -106,6 +106,14 @@ def servers_of(client: ReplayClient | ShardedClient) -> tuple[ReplayClient, ...]
     return client.clients if isinstance(client, ShardedClient) else (client,)
 
 
+def servers_outside(
+    config: TrainConfig, client: ReplayClient | ShardedClient
+) -> list[ReplayClient]:
+    """Return the clients of the servers that do not lie in the run directory."""
+    both = zip(servers_of(client), config.addresses, strict=True)
+    return [one for one, address in both if address != EMBEDDED]
+
+
 def servers_here(config: TrainConfig) -> int:
     """Return how many replay servers take memory of this machine; one alone is counted anyway."""
     if len(config.addresses) == 1:
@@ -122,12 +130,11 @@ def create_replay(
     run: Path,
     *,
     take_over: bool = False,
-    new: bool = False,
+    outside: Sequence[ReplayClient] = (),
 ) -> Limits:
     """Create the replay; if the run has lost the one it had, closed to actors until `count_on`.
 
-    A `new` run that is refused because the replay is another's leaves nothing in its directory, so
-    that the command can be mended; unless one of several servers carries its mark already.
+    A run whose mark one of the servers `outside` has taken counts as begun.
 
     Returns:
         The limits that it has, within the memory of the smallest server.
@@ -141,14 +148,25 @@ def create_replay(
     for server in servers_of(client):
         limits = fit_to_server(server, schema, limits)
     continued = newest_fence(run / "checkpoints") > 0
-    try:
+    with _marking(outside, run):
         client.create(schema, limits, token="resume" if continued else None, take_over=take_over)
-    except ReplayOwned:
-        marks = [one.counters().get("owner", b"").decode() for one in servers_of(client)]
-        if new and not any(mark.startswith(run_id(run)) for mark in marks):
-            forget_refused(run)
-        raise
     return limits
+
+
+@contextmanager
+def _marking(outside: Sequence[ReplayClient], run: Path) -> Iterator[None]:
+    """Let a run begin before servers that outlive its start are marked, unless they refuse.
+
+    A replay with the mark of a directory that is gone would be nobody's.
+    """
+    began = bool(outside) and begin(run)
+    try:
+        yield
+    except ReplayError:
+        marks = [one.counters().get("owner", b"").decode() for one in outside]
+        if began and not any(mark.startswith(run_id(run)) for mark in marks):
+            not_begun(run)
+        raise
 
 
 def take_fence(client: ReplayClient | ShardedClient, run: Path) -> int:

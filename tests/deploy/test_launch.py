@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,9 +209,15 @@ def test_a_new_run_that_is_refused_leaves_nothing_unless_a_server_is_marked_as_i
     words = ["train", "--preset", "v3-cartpole", "--run-dir", str(run), "--redis"]
     assert main([*words, client.url]) == 2
     assert not run.exists()
+    # Its own server goes with the directory.
+    assert main([*words, f"embedded,{client.url}"]) == 2
+    assert not run.exists()
     with EmbeddedServer(tmp_path / "free", max_memory_bytes=2**26) as free:
         assert main([*words, f"{free.url},{client.url}"]) == 2
         assert {path.name for path in run.iterdir()} == {"lock", "id", FILE_NAME}
+        # Without its directory that one would be nobody's.
+        with closing(ReplayClient(free.url)) as marked:
+            assert marked.counters()["owner"].decode() == owner_of(run)
 
 
 def test_password_that_crosses_a_network_in_the_clear_is_warned_of(

@@ -183,6 +183,26 @@ def test_replays_without_a_window_are_refused(
         require_windows(config, mirror)
 
 
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--learner.batch-length", "200"], "no stretch of 201"),
+        (["--learner.mode", "graph", "--device", "cpu"], "needs a CUDA device"),
+    ],
+)
+def test_an_offline_run_that_is_refused_leaves_nothing(
+    source: tuple[Path, ReplayClient, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    hint: str,
+) -> None:
+    words = ["train", "--offline", str(source[0]), "--updates", "6", *flags]
+    assert main([*words, "--run-dir", str(tmp_path / "off")]) == 2
+    assert hint in capsys.readouterr().err
+    assert not (tmp_path / "off").exists()
+
+
 def test_the_source_brings_environment_and_agent_unless_a_preset_is_named(tmp_path: Path) -> None:
     source = with_values(
         preset("v3-dmc-proprio", "debug"),

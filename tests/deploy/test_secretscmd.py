@@ -9,7 +9,7 @@ import pytest
 from deploy.cli import main, parse_train
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config
 from deploy.presets import preset
-from deploy.rundir import run_directory
+from deploy.rundir import begin, run_directory
 from deploy.secretscmd import SecretsOptions, make_secrets
 from replay_service.security import ROLES, password_file, read_password
 
@@ -91,6 +91,7 @@ def test_run_with_secrets_saves_paths_alone_and_resumes(tmp_path: Path) -> None:
     assert (config.replay.password_file, config.redis) == (word, "rediss://me@replay.example:1")
     with run_directory(config):
         save_config(config, run / FILE_NAME)
+        begin(run)
     assert "hunter2" not in (run / FILE_NAME).read_text() + repr(config)
     again = parse_train(["--run-dir", str(run)])
     assert again == load_config(run / FILE_NAME) == config

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +33,8 @@ SMALL = (
 )
 EVALUATED = ("--eval.actors", "1", "--eval.episodes", "2", "--eval.every-s", "0.5")
 FOREVER = "10000000"
+TOKEN = "DREAMFLEET_TEST_RUN"
+"""In the environment of a run's process, and so of all that come from it."""
 START_S, END_S = 240.0, 180.0
 
 
@@ -40,7 +44,7 @@ class Run:
     def __init__(
         self, directory: Path, *flags: str, program: Sequence[str] = ("-m", "deploy.cli")
     ) -> None:
-        self.directory = directory
+        self.directory, self.token = directory, secrets.token_hex(8)
         command = [sys.executable, *program, "train", *SMALL]
         self.log = directory.with_suffix(".log").open("ab")
         self.process = subprocess.Popen(
@@ -48,7 +52,7 @@ class Run:
             cwd=ROOT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", TOKEN: self.token},
         )
         self.members: dict[int, psutil.Process] = {}
 
@@ -81,6 +85,11 @@ class Run:
         """Return what still runs of the whole tree when the time is over."""
         _, alive = psutil.wait_procs(self.members.values(), timeout=timeout_s)
         return [" ".join(p.cmdline()) for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+    def of_it(self) -> list[str]:
+        """Return all that run and come from the run's process, also where it has ended before."""
+        found = [p for p in psutil.process_iter() if _environment(p).get(TOKEN) == self.token]
+        return [" ".join(p.cmdline()) for p in found if p.status() != psutil.STATUS_ZOMBIE]
 
     def output(self) -> str:
         """Return what the run has said."""
@@ -127,9 +136,10 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def ends_well(run: Run, number: signal.Signals, code: int) -> None:
     """Signal a run, which saves what it has and leaves no process."""
+    assert len(run.of_it()) > 3, "the server, Ray and actors come from the run's process"
     run.process.send_signal(number)
     assert run.process.wait(END_S) == code, run.output()
-    assert run.left(1.0) == []
+    assert run.left(1.0) == [] == run.of_it()
     assert run.status()["phase"] == "stopped"
     saved = load_newest(run.directory / "checkpoints")
     assert saved is not None
@@ -227,7 +237,8 @@ def test_a_signal_while_starting_leaves_nothing(start) -> None:  # type: ignore[
     run.note_members()
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(END_S) == 143, run.output()
-    assert run.left(1.0) == []
+    assert run.left(1.0) == [] == run.of_it()
+    assert not run.directory.exists()
 
 
 def test_a_corrupt_newest_checkpoint_is_said_and_the_previous_one_used(  # type: ignore[no-untyped-def]
@@ -258,8 +269,25 @@ def test_what_cannot_work_is_one_clear_error(start, flags: tuple[str, ...], word
     assert run.process.wait(START_S) == 2, run.output()
     assert words in run.output()
     assert "Traceback" not in run.output()
-    marks = [p.pid for p in psutil.process_iter() if MARK in _environment(p)]
-    assert not set(marks) & set(run.members)
+    assert run.of_it() == []
+    assert not run.directory.exists()
+
+
+def test_what_fails_after_everything_has_started_leaves_nothing(start) -> None:  # type: ignore[no-untyped-def]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    run = start("--steps", "2000", "--learner.metrics-port", str(port))
+    deadline = time.monotonic() + START_S
+    while not (run.directory / "replay").exists():
+        assert run.process.poll() is None, run.output()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    # The port was free when the run tried it; somebody else is faster.
+    with socket.create_server(("127.0.0.1", port)):
+        assert run.process.wait(START_S) == 2, run.output()
+    assert "in use" in run.output() and "Traceback" not in run.output()
+    assert run.of_it() == []
+    assert not run.directory.exists()
 
 
 def test_two_runs_side_by_side_share_no_port_key_directory_or_process(start) -> None:  # type: ignore[no-untyped-def]
