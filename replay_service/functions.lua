@@ -242,6 +242,8 @@ end
 -- No more chunks of a stream will come: remember it only as long as its last chunk is there, the
 -- payload `last_key`.
 local function retire(seqs, sid, last, last_key)
+  -- One that would expire by itself is no chunk: it was evicted, and its writer has sent it again.
+  if redis.call('PERSIST', last_key) == 1 then redis.call('DEL', last_key) end
   if redis.call('EXISTS', last_key) == 1 then
     redis.call('HSET', seqs, sid, last .. 'c')
   else

@@ -224,6 +224,29 @@ def test_stream_closed_after_its_eviction_is_forgotten_at_once(
         assert set(admin.hkeys("{rp0}:seq")) == {b"s1@1"}
 
 
+@pytest.mark.parametrize("reply_lost", [True, False])
+def test_evicted_chunk_that_was_sent_again_keeps_no_ended_stream(
+    client: ReplayClient, server: EmbeddedServer, reply_lost: bool
+) -> None:
+    client.create(SCHEMA, limits(capacity_steps=400))
+    assert client.open_stream("s0") == 1
+    large = encode_chunk(chunk(0, 1, steps=400), SCHEMA, "raw")
+    assert client.insert(SCHEMA, "s0@1", 1, 400, large).code == "OK"
+    assert insert(client, chunk(1, 1)) == "OK"
+    key = client.payload_key("s0@1", 1)
+    with redis.Redis.from_url(server.url) as admin:
+        assert not admin.exists(key)
+        if reply_lost:
+            assert client.insert(SCHEMA, "s0@1", 1, 400, large).code == "DUP"
+            assert admin.ttl(key) > 0
+            client.close_stream("s0@1", 1)
+        else:
+            # Its writer died between the two commands, and has a successor.
+            admin.set(key, large, ex=600, nx=True)
+            assert client.open_stream("s0") == 2
+        assert set(admin.hkeys("{rp0}:seq")) == {b"s1@1"} and not admin.exists(key)
+
+
 def test_stream_whose_writer_died_is_forgotten_once_it_was_evicted(
     client: ReplayClient, server: EmbeddedServer
 ) -> None:
