@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Follower:
         self.ledger = Ledger()
         self.fence = client.acquire_fence()
         self.fenced = 0
+        self.unsettled = 0
         self.position = 0
         self.updates = 0
         self.account = CreditLimiter(
@@ -139,6 +141,7 @@ class Follower:
                 self.fenced += 1
                 self._renew()
             except ReplayUnavailable:
+                self.unsettled += 1
                 self._ending.wait(0.02)
 
     def _renew(self) -> None:
@@ -146,6 +149,24 @@ class Follower:
             self.fence = self._client.acquire_fence()
         except ReplayUnavailable:
             return
+
+
+class Heard(logging.Handler):
+    """Keeps what the replay service says in this process, from warnings on."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        logging.getLogger("replay_service").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        self.lines.append(record.getMessage())
+
+    def close(self) -> None:
+        """Listen no more."""
+        logging.getLogger("replay_service").removeHandler(self)
+        super().close()
 
 
 class Writer:
@@ -156,7 +177,8 @@ class Writer:
         values = {"pause_s": 0.02, "timeout_s": 2.0, "ring": 64} | options
         words = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         command = [sys.executable, "-m", "benchmarks.faults.writer", url, str(journal)]
-        self._errors = journal.with_suffix(".err").open("ab")
+        self._says = journal.with_suffix(".err")
+        self._errors = self._says.open("ab")
         self.process = subprocess.Popen(
             [*command, *map(str, slots), *words],
             stdin=subprocess.PIPE,
@@ -166,6 +188,11 @@ class Writer:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
+
+    @property
+    def lines(self) -> list[str]:
+        """What it has said."""
+        return self._says.read_text(errors="replace").splitlines()
 
     def ask(self) -> dict[str, Any]:
         """Return the counters of its uploader, and why it waits."""
@@ -210,6 +237,8 @@ class Rig:
         self, directory: Path, *, seed: int = 0, server: Any = None, **limits: int
     ) -> None:
         self.directory, self.seed = directory, seed
+        self._heard = Heard()
+        self._killed: list[int] = []
         self.limits = Limits(**{"capacity_steps": 10**6, "capacity_bytes": 2**26, **limits})
         self.server = server or EmbeddedServer(directory / "server", max_memory_bytes=MEMORY)
         self.server.start()
@@ -261,6 +290,7 @@ class Rig:
         """SIGKILL the server and wait for its end; cut its log as a power cut would."""
         if cut_bytes:
             self._await_written()
+        self._killed.append(self.client.stats().epoch)
         os.kill(self.server.process_id, signal.SIGKILL)
         until(lambda: not self.server.running, 10, "the server's end")
         if cut_bytes:
@@ -326,11 +356,15 @@ class Rig:
         """Return chunks that were acknowledged and never came out of the log."""
         return self.acknowledged() - self.follower.ledger.seen.keys()
 
-    def verify(self, *, excused: Collection[str] = ()) -> dict[str, Any]:
+    def verify(
+        self, *, excused: Collection[str] = (), shown: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Let every writer deliver what it has, then check everything that is promised.
 
         Args:
             excused: streams that the server may have lost the end of.
+            shown: how the fault must have been visible: words of a log line that name it, of a
+                writer or of this process → the counter that must have moved.
 
         Returns:
             Counters of the writers that were still there, added up.
@@ -341,7 +375,9 @@ class Rig:
                 counters = writer.finish()
                 total.update(counters.pop("replies"))
                 total.update({k: v for k, v in counters.items() if isinstance(v, int | float)})
+        total["unsettled"] = self.follower.unsettled
         self.catch_up()
+        self._require_visible(shown or {}, total)
         newest = dict[str, int]()
         for sid, seq in self.acknowledged():
             newest[sid] = max(newest.get(sid, 0), seq)
@@ -356,8 +392,20 @@ class Rig:
         assert not self.missing(), sorted(self.missing())[:5]
         return dict(total)
 
+    def _require_visible(self, shown: Mapping[str, str], counters: Mapping[str, float]) -> None:
+        """Fail unless every fault has left a line that names it, and has moved a counter."""
+        lines = [*self._heard.lines, *(line for one in self.writers for line in one.lines)]
+        for words, counter in shown.items():
+            assert any(words in line for line in lines), (words, lines[-20:])
+            assert counters.get(counter, 0) > 0, (words, counter, counters)
+        ended = sum("server_ended" in line for line in lines)
+        assert ended >= len(self._killed), (ended, lines[-20:])
+        # A server that was killed has another epoch, as soon as anything is inserted again.
+        assert self.client.stats().epoch > max(self._killed, default=0)
+
     def close(self) -> None:
         """End everything."""
+        self._heard.close()
         for writer in self.writers:
             if writer.process.poll() is None:
                 writer.kill()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import threading
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, required=True)
     parser.add_argument("--ring", type=int, required=True)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     client = Recorder(options.url, options.journal, options.timeout_s)
     uploader = Uploader(client, SCHEMA, ReplayConfig(chunk_steps=STEPS, resend_chunks=options.ring))
     ending = threading.Event()
