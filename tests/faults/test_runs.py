@@ -1,4 +1,4 @@
-"""A whole run is replaced while it is stopped, and is fed nonsense while it trains."""
+"""Parts of a whole run are killed, stopped, replaced and fed nonsense while it trains."""
 
 from __future__ import annotations
 
@@ -65,6 +65,60 @@ def end(run: Run) -> None:
     assert run.left(5.0) == []
     code, said = dreamfleet("replay", "check", str(run.directory))
     assert code == 0, said
+
+
+@pytest.mark.exhaustive
+def test_a_learner_is_killed_and_the_same_command_continues(
+    start: Start, recovered: Recovered
+) -> None:
+    flags = ("--learner.checkpoint-every-s", "2")
+    run = start(*flags)
+    run.wait_for(lambda status: training(status) and _saved(run) > 0, START_S)
+    before = number(run, "updates")
+    run.wait_for(lambda status: int(str(status["updates"])) > before + 30, END_S)
+    run.process.kill()
+    run.process.wait()
+    assert run.left(20.0) == []
+    last, fence, steps = number(run, "updates"), _saved(run), number(run, "env_steps")
+    saved = load_newest(run.directory / "checkpoints")
+    assert saved is not None and saved.manifest["update"] <= last + 30
+
+    began = time.monotonic()
+    again = start(*flags)
+    again.wait_for(own(again), START_S)
+    again.wait_for(lambda now: int(str(now["updates"])) > saved.manifest["update"], END_S)
+    recovered(time.monotonic() - began, START_S, "updates since the last checkpoint")
+    assert re.search(r"resumed .*update", again.output()), again.output()
+    assert f"dreamer_fence {fence + 1}.0" in metrics(again.status()["metrics_port"])
+    # What was in the replay is there again, the actors' last words aside.
+    assert number(again, "env_steps") >= steps
+    end(again)
+    assert _saved(again) == fence + 1
+
+
+@pytest.mark.exhaustive
+def test_an_actor_is_killed_and_replaced(start: Start, recovered: Recovered) -> None:
+    run = start()
+    run.wait_for(training, START_S)
+    (actor,) = actors_of(run)
+    os.kill(int(actor["pid"]), signal.SIGKILL)
+    began = time.monotonic()
+
+    def acts(_: dict[str, object]) -> bool:
+        return any(
+            one["pid"] != actor["pid"] and min(one["steps_of_envs"]) > 0
+            for one in actors_of(run)
+            if "pid" in one
+        )
+
+    run.wait_for(acts, END_S)
+    recovered(time.monotonic() - began, END_S, "what was not acknowledged")
+    before = number(run, "updates")
+    run.wait_for(lambda status: int(str(status["updates"])) > before + 20, END_S)
+    assert "actor_lost slot=0 reason=died" in run.output()
+    port = run.status()["metrics_port"]
+    assert 'dreamer_actor_restarts_total{reason="died"} 1.0' in metrics(port)
+    end(run)
 
 
 def test_a_stopped_learner_that_was_replaced_comes_back_and_changes_nothing(
