@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +25,7 @@ from deploy.launch import record_schema
 from deploy.offline import require_columns
 from deploy.presets import preset
 from deploy.probe import EnvFacts
+from deploy.secretscmd import SecretsOptions, make_secrets
 from deploy.servers import replay_server
 from dreamer.spaces import DiscreteAction, VectorSpec
 from learner.checkpoint import load_newest
@@ -24,12 +34,17 @@ from replay_service import (
     Archive,
     ArchiveLog,
     Chunk,
+    CreditLimiter,
     Limits,
     Mirror,
     ReplayClient,
+    ReplayConfig,
     Schema,
     ServerLog,
+    Uploader,
+    address_for,
     check_mirror,
+    check_server,
     encode_chunk,
     export_archive,
 )
@@ -43,6 +58,9 @@ FACTS = EnvFacts(
     action_repeat=1,
 )
 STEPS, CHUNK = 96, 16
+NAMING = b"client|setinfo"
+CAPACITY = 320
+"""Steps that the server of a test with evictions keeps."""
 
 
 def cartpole() -> TrainConfig:
@@ -148,6 +166,141 @@ def test_two_agents_train_from_one_live_replay_which_stays_as_it_is(
     assert main(["train", "--run-dir", str(first), "--updates", "8"]) == 0
     saved = load_newest(first / "checkpoints")
     assert saved is not None and saved.manifest["update"] == 8
+
+
+@dataclass
+class Settled:
+    """What the learner that paces a replay has told its server last."""
+
+    fence: int
+    updates: int
+    limiter: CreditLimiter
+
+
+@contextmanager
+def paced(actor: ReplayClient, learner: ReplayClient, schema: Schema) -> Iterator[Settled]:
+    """Fill a replay without end, at the pace of a learner that settles every few milliseconds."""
+    limiter = CreditLimiter(
+        train_ratio=1,
+        batch_steps=CHUNK,
+        chunk_steps=CHUNK,
+        min_size_steps=96,
+        capacity_steps=CAPACITY,
+    )
+    limits = Limits(capacity_steps=CAPACITY, capacity_bytes=2**24, budget_steps=limiter.budget(0))
+    learner.create(schema, limits)
+    settled = Settled(learner.acquire_fence(), 0, limiter)
+    full, paid = threading.Event(), threading.Event()
+    failed: list[BaseException] = []
+
+    def pace() -> None:
+        try:
+            while not paid.wait(0.01):
+                replayed = limiter.replayed_steps(settled.updates)
+                budget = limiter.budget(settled.updates)
+                inserted, size = learner.settle(settled.fence, replayed, budget)
+                settled.updates += limiter.may_start_update(size, inserted, settled.updates)
+        except BaseException as error:
+            failed.append(error)
+
+    def act(uploader: Uploader) -> None:
+        rng, step = np.random.default_rng(0), 0
+        writer = uploader.open_stream("actor-0")
+        while not full.is_set():
+            row = {c.name: np.zeros(c.shape, c.dtype) for c in schema.columns}
+            row["vector"] = rng.normal(size=4).astype(np.float32)
+            row["is_first"], row["is_last"] = np.bool_(step % 12 == 0), np.bool_(step % 12 == 11)
+            writer.append(row)
+            step += 1
+
+    with Uploader(actor, schema, ReplayConfig(chunk_steps=CHUNK)) as uploader:
+        pacer = threading.Thread(target=pace)
+        writer = threading.Thread(target=act, args=(uploader,))
+        pacer.start()
+        writer.start()
+        try:
+            yield settled
+        finally:
+            full.set()
+            writer.join(30.0)
+            drained = uploader.drain(30.0)
+            paid.set()
+            pacer.join(30.0)
+        assert drained and not failed, failed
+        learner.settle(
+            settled.fence,
+            limiter.replayed_steps(settled.updates),
+            limiter.budget(settled.updates),
+        )
+        assert learner.stats().inserted_steps == uploader.stats.steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_another_agent_trains_while_the_replay_is_filled_and_has_no_part_in_its_account(
+    tmp_path: Path,
+) -> None:
+    make_secrets(SecretsOptions(directory=tmp_path / "secrets"))
+    # All that the reader's machine has to hold: it could not log in as anybody else.
+    (tmp_path / "readers").mkdir(mode=0o700)
+    for name in ("reader.password", "ca.crt"):
+        shutil.copy(tmp_path / "secrets" / name, tmp_path / "readers")
+    config = with_values(cartpole(), {"replay.secrets": tmp_path / "secrets"})
+    schema, run, other = record_schema(config, FACTS), tmp_path / "source", tmp_path / "v2"
+    save_config(config, run / FILE_NAME)
+    words = ["--offline", str(run), "--preset", "v2-dmc-proprio", "--size", "debug"]
+    words += ["--updates", "1000000", "--run-dir", str(other), "--learner.log-every-s", "0.1"]
+    words += ["--learner.batch-size", "2", "--learner.batch-length", "8"]
+    words += ["--learner.mode", "eager", "--replay.secrets", str(tmp_path / "readers")]
+    with replay_server(config, run) as url:
+        actor, learner, admin = (
+            ReplayClient(address_for(url, config.replay, role))
+            for role in ("actor", "learner", "admin")
+        )
+        with closing(actor), closing(learner), closing(admin):
+            with paced(actor, learner, schema) as settled:
+                reader = subprocess.Popen(
+                    [sys.executable, "-m", "deploy.cli", "train", *words],
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                )
+                try:
+                    first, last = trained_through(other, reader, 2 * CAPACITY)
+                    reader.send_signal(signal.SIGTERM)
+                    assert reader.wait(120) == 128 + signal.SIGTERM
+                finally:
+                    reader.kill()
+                    reader.wait()
+            stats, report = admin.stats(), check_server(admin)
+            log = admin._command("ACL", "LOG")
+        # More than the server holds went by while it trained: what it began with was evicted.
+        assert last["updates"] > first["updates"] and stats.evicted_steps > CAPACITY
+        saved = load_newest(other / "checkpoints")
+        assert saved is not None and saved.manifest["update"] >= last["updates"]
+        # Nor has it tried more than a reader may; the library of Redis says its name unasked.
+        refused = {(row[row.index(b"username") + 1], row[row.index(b"object") + 1]) for row in log}
+        assert report.ok and {what for who, what in refused if who == b"reader"} <= {NAMING}
+        # The account is that of the one learner that paces the replay, to the last step.
+        limiter = settled.limiter
+        assert settled.updates > 0 and stats.fence == settled.fence
+        assert stats.replayed_steps == limiter.replayed_steps(settled.updates)
+        assert stats.budget_steps == limiter.budget(settled.updates)
+        assert stats.inserted_steps - stats.evicted_steps == stats.size_steps <= CAPACITY
+        assert (stats.duplicates, stats.gaps) == (0, 0)
+
+
+def trained_through(
+    run: Path, process: subprocess.Popen[bytes], steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Wait until so many steps have come between the first and the last row, and return both."""
+    deadline = time.monotonic() + 200
+    while True:
+        assert process.poll() is None, "the reader has ended"
+        file = run / "metrics.jsonl"
+        rows = read_rows(file) if file.exists() else []
+        if rows and rows[-1]["env_steps"] - rows[0]["env_steps"] >= steps:
+            return rows[0], rows[-1]
+        assert time.monotonic() < deadline, rows[-1:]
+        time.sleep(0.2)
 
 
 def test_what_an_agent_lacks_in_a_replay_is_named_with_the_way_out() -> None:
