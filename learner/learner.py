@@ -24,14 +24,12 @@ from learner.pace import Pace
 from learner.publish import Publisher
 from learner.record import Recorder
 from learner.skipped import save_batch
+from learner.standing import Standing
 from learner.status import Snapshot
 from learner.step import UpdateStep
 from learner.throttle import Throttle
 from learner.video import write_videos
-from learner.waits import Standstill, lasting
 from replay_service import (
-    ByteBudget,
-    ReplayError,
     ReplayFenced,
     ReplayMissing,
     ReplayUnavailable,
@@ -87,6 +85,9 @@ class Learner:
     4. A resumed learner continues counters, optimiser, normalisers and the limiter's account.
     5. What other threads want of it is done in its own, ``between`` two updates.
     6. One that another has replaced while it slept finds out before it saves, and writes nothing.
+
+    Attributes:
+        unsettled: why the server does not know how much was replayed; empty while it does.
     """
 
     def __init__(
@@ -113,18 +114,8 @@ class Learner:
         self.stop, self.between = threading.Event(), Errands()
         self.outcome = ""
         self._values: dict[str, float] = {}
-        self._no_updates, self._no_inserts = Standstill(), Standstill()
-        self._unsettled = ""
-        self._memory = ByteBudget(
-            "replay server",
-            "raise --replay.redis-memory-bytes (or the server's maxmemory), or lower "
-            "--replay.capacity-steps; at 100 % actors wait, nothing is lost",
-        )
-        self._mirror_memory = ByteBudget(
-            f"mirror in {mirror.placement}",
-            "it takes its place as it fills, and others may have taken some meanwhile: lower "
-            "--replay.capacity-steps, or set --replay.placement to disk",
-        )
+        self.unsettled = ""
+        self.standing = Standing(self)
         self.checkpoint_failures = 0
         self.skipped_updates = 0
         if facts.lockstep:
@@ -229,42 +220,7 @@ class Learner:
 
     def snapshot(self) -> Snapshot:
         """Return what the run is doing now. Safe to call from another thread."""
-        stats = self.publisher.stats
-        age = time.monotonic() - stats.published_at if stats.published else None
-        return self.recorder.snapshot(
-            env_steps=self.env_steps,
-            target_steps=self.facts.target_steps,
-            target_updates=self.facts.target_updates,
-            updates=self.updates,
-            ratio_actual=self.ratio,
-            ratio_target=float(self.limiter.train_ratio),
-            version=stats.version,
-            weights_age_s=age,
-            waiting_for=lasting(*self._updates_wait()),
-            inserts_wait=self._who_waits(),
-            replay_servers=self.client.shards,
-            phase=self.outcome or None,
-        )
-
-    def _updates_wait(self) -> tuple[str, float]:
-        """Return why no update starts, and for how many seconds none has."""
-        restoring = self.reseeder.progress if self.reseeder else ""
-        reason = restoring or self.pace.reason
-        if reason and self.mirror.trouble:
-            reason = f"{reason} ({self.mirror.trouble})"
-        return reason, self._no_updates.seconds(reason, self.updates)
-
-    def _who_waits(self) -> str:
-        """Return what inserts wait for and for how long, and first which servers are away."""
-        away = f"some inserts wait: {self.client.trouble}" if self.client.trouble else ""
-        return "; ".join(filter(None, (away, lasting(*self._inserts_wait()))))
-
-    def _inserts_wait(self) -> tuple[str, float]:
-        """Return why no insert is admitted, and for how many seconds none has been."""
-        reason, size = self._unsettled, self.mirror.size_steps
-        if not reason and not self.facts.lockstep:
-            reason = self.limiter.why_inserts_wait(size, self.env_steps, self.updates)
-        return reason, self._no_inserts.seconds(reason, self.env_steps)
+        return self.standing.snapshot()
 
     def save(self) -> Path | None:
         """Write a checkpoint of everything. Returns None, and counts, if the disk refuses.
@@ -371,7 +327,8 @@ class Learner:
         self._restore_if_replaced()
         with self.recorder.clock.during("log"):
             self._take_metrics()
-            self._export()
+            self.standing.export(self._values)
+            self._logged_update = self.updates
         every = self.config.video_every_s
         if every and now - self._video_at >= every and self.updates > 0:
             with self.recorder.clock.during("log"):
@@ -390,12 +347,12 @@ class Learner:
                 raise LearnerError(f"{error}; this one stops") from error
             except ReplayUnavailable as error:
                 log.warning("settle_failed error=%s", error)
-                # Several servers are named one by one, see `_who_waits`.
+                # Several servers are named one by one, see `Standing`.
                 why = "no replay server answers" if self.client.shards else str(error)
-                self._unsettled = f"inserts wait: {why}"
+                self.unsettled = f"inserts wait: {why}"
                 self._settle_at = moment + SETTLE_RETRY_S
                 return
-        self._unsettled, self._settle_at = "", moment + SETTLE_EVERY_S
+        self.unsettled, self._settle_at = "", moment + SETTLE_EVERY_S
 
     def _settle_or_restore(self) -> None:
         try:
@@ -436,7 +393,8 @@ class Learner:
             self.step.settle()
         if self.updates > self._logged_update:
             self._take_metrics()
-            self._export()
+            self.standing.export(self._values)
+            self._logged_update = self.updates
         if self.save() is None:
             raise LearnerError(
                 "the final checkpoint could not be written (see the log); earlier ones are kept: "
@@ -471,62 +429,6 @@ class Learner:
                 "the last checkpoint are finite: resume it with another --seed, a lower learning "
                 "rate (--agent.optim.*), or --learner.precision fp32"
             )
-
-    def _export(self) -> None:
-        drift = float(self.limiter.drift(self.env_steps, self.updates))
-        stats, mirror, target = self.publisher.stats, self.mirror, float(self.limiter.train_ratio)
-        self.recorder.log(
-            self.env_steps,
-            self.updates,
-            self._values,
-            replay_steps=self.replayed_steps,
-            ratio_actual=self.ratio,
-            ratio_target=target,
-            replay_size_steps=mirror.size_steps,
-            drift_steps=drift,
-        )
-        gauges = {
-            "replay_size_steps": mirror.size_steps,
-            "replay_ratio_target": target,
-            "replay_drift_steps": drift,
-            "replay_budget_steps": self.budget(),
-            "replay_memory_share": self._memory_share(),
-            "replay_servers": len(self.client.shards) or 1,
-            "replay_servers_away": self.client.away or bool(self._unsettled or mirror.trouble),
-            "mirror_memory_share": self._mirror_memory.watch(*mirror.memory()),
-            "mirror_queue_share": mirror.queue_share,
-            "updates_waiting_seconds": self._updates_wait()[1],
-            "inserts_waiting_seconds": self._inserts_wait()[1],
-            "mirror_lag_chunks": mirror.lag_chunks,
-            "weights_update": stats.version[1],
-            "fence": self.fence,
-            "publish_seconds": stats.seconds,
-            "weights_bytes": stats.size_bytes,
-        }
-        if self.recorder.return_mean is not None:
-            gauges["episode_return"] = self.recorder.return_mean
-        counters = {
-            "updates": self.updates,
-            "replay_inserted_steps": self.env_steps,
-            "replay_sampled_steps": self.replayed_steps,
-            "mirror_missed_steps": mirror.missed_steps,
-            "episodes": self.recorder.episodes,
-            "weights_published": stats.published,
-            "weights_rejected": stats.rejected,
-            "checkpoint_failures": self.checkpoint_failures,
-            "skipped_updates": self.skipped_updates,
-            "replay_losses": self.reseeder.losses if self.reseeder else 0,
-        }
-        self.recorder.exporter.update(gauges, counters)
-        self._logged_update = self.updates
-
-    def _memory_share(self) -> float:
-        """Return the share of the server's memory that is used; the last known in an outage."""
-        try:
-            return self._memory.watch(*self.client.memory())
-        except ReplayError as error:
-            log.debug("memory_unknown error=%s", error)
-            return self._memory.share
 
     def _video(self) -> None:
         """Write open-loop predictions of the last windows; the run's randomness is untouched."""
