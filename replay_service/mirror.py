@@ -20,6 +20,7 @@ from replay_service.memory import QUEUE_BYTES
 from replay_service.pages import PageIndex, Segment, page_count
 from replay_service.sampler import Sampler
 from replay_service.schema import Schema
+from replay_service.seldom import Seldom
 from replay_service.tail import Arrival, LogSource
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Mirror:
         self.page_steps = page_steps
         self.window_steps = window_steps
         self.missed_steps = 0
+        self._missed = Seldom(log, logging.WARNING)
         self._storage = DeviceStorage(
             kept,
             rows=pages * page_steps,
@@ -301,6 +303,7 @@ class Mirror:
         Raises:
             ReplayError: if the log cannot be read for a reason that waiting does not mend.
         """
+        self._missed.catch_up()
         arrivals = self._logs.take()
         events = [event for number, arrival in arrivals for event in self._apply(number, arrival)]
         if arrivals:
@@ -419,7 +422,7 @@ class Mirror:
         rebuilding, missed = self._logs[number].note(arrival)
         if missed:
             self.missed_steps += missed
-            log.warning("mirror_missed steps=%d total=%d", missed, self.missed_steps)
+            self._missed.say(f"mirror_missed steps={missed} total={self.missed_steps}")
         if chunk is None:
             return []
         known = self._index.last_seq(entry.sid) >= entry.seq

@@ -13,6 +13,7 @@ from replay_service.chunk import MAX_CHUNK_STEPS, Chunk, decode_chunk
 from replay_service.entries import LogEntry
 from replay_service.errors import ChunkError, ReplayError, ReplayUnavailable
 from replay_service.schema import Schema
+from replay_service.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class LogTail:
         self._failure: ReplayError | None = None
         self._cursor = "0"
         self._thread: threading.Thread | None = None
+        self._rejected = Seldom(log, logging.ERROR)
         self.trouble = ""
 
     def start(self, after: str = "0") -> None:
@@ -166,6 +168,7 @@ class LogTail:
             self._changed.notify_all()
 
     def _read_once(self) -> None:
+        self._rejected.catch_up()
         entries = self._client.read_log(self._cursor, _ENTRIES_PER_READ, _BLOCK_S)
         if not entries:
             self._stopping.wait(_IDLE_S)  # a source that ends does not wait
@@ -178,7 +181,7 @@ class LogTail:
 
     def _decode(self, entry: LogEntry, blob: bytes | None) -> Chunk | None:
         if entry.flaw:
-            log.error("entry_quarantined id=%s flaw=%s", entry.entry_id, entry.flaw)
+            self._rejected.say(f"entry_quarantined id={entry.entry_id} flaw={entry.flaw}")
             reason = f"entry {entry.entry_id} of the log is none of an insert's: {entry.flaw}"
             self._client.quarantine(entry, b"", reason)
             return None
@@ -189,7 +192,9 @@ class LogTail:
             if (chunk.sid, chunk.seq, chunk.steps) != (entry.sid, entry.seq, entry.steps):
                 raise ChunkError("the chunk is not the one that its log entry names")
         except ChunkError as error:
-            log.error("chunk_quarantined stream=%s seq=%d error=%s", entry.sid, entry.seq, error)
+            self._rejected.say(
+                f"chunk_quarantined stream={entry.sid} seq={entry.seq} error={error}"
+            )
             self._client.quarantine(entry, blob, str(error))
             return None
         return chunk

@@ -161,7 +161,7 @@ def test_hundred_thousand_forged_entries_do_no_harm() -> None:
 
 
 def test_forged_entries_are_left_out_by_whoever_reads_the_log(
-    client: ReplayClient, raw: Raw, tmp_path: Path
+    client: ReplayClient, raw: Raw, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     client.create(SCHEMA, UNBOUNDED)
     forger, forged = Forger(2), 0
@@ -194,6 +194,9 @@ def test_forged_entries_are_left_out_by_whoever_reads_the_log(
     with following(client) as rebuilt:
         absorb_until(rebuilt, lambda: rebuilt.caught_up)
         assert len(contents(rebuilt)) == 64
+    # Of hundreds each reader names the first, and then one every ten seconds.
+    told = [line for line in caplog.messages if line.startswith("entry_quarantined")]
+    assert 2 <= len(told) < 30
     for whole in (True, False):
         report = check_server(client, contents=whole)
         assert report.findings.found == {"C": forged} and report.steps == 64
