@@ -92,9 +92,10 @@ def line(snapshot: Snapshot) -> str:
     steps, target = snapshot.get("env_steps"), snapshot.get("target_steps")
     if offline(snapshot):
         of = f"{count(snapshot.get('updates'))}/{count(snapshot['target_updates'])}"
+        unread = f" ({snapshot['inserts_wait']})" if snapshot.get("inserts_wait") else ""
         return (
             f"updates {of} ({rate(snapshot.get('updates_per_s'))}) | steps {count(steps)} in the "
-            f"replay | {_losses(snapshot)} | left {duration(snapshot.get('eta_s'))}"
+            f"replay{unread} | {_losses(snapshot)} | left {duration(snapshot.get('eta_s'))}"
         )
     words = [
         f"steps {count(steps)}/{count(target)} ({rate(snapshot.get('env_steps_per_s'))})",
@@ -250,6 +251,8 @@ def _facts(snapshot: Snapshot) -> RenderableType:
     if offline(snapshot):
         rate_now, left = rate(snapshot.get("updates_per_s")), duration(snapshot.get("eta_s"))
         _add_offline(grid, snapshot)
+        if snapshot.get("inserts_wait"):
+            grid.add_row("replay", str(snapshot["inserts_wait"]))
         grid.add_row("speed", f"{rate_now} · {left} left")
         grid.add_row("time goes to", _shares(snapshot))
         return grid

@@ -70,6 +70,10 @@ class Standing:
     def _who_waits(self) -> str:
         """Return what inserts wait for and for how long, and first which servers are away."""
         learner = self._learner
+        if learner.facts.target_updates is not None:
+            # Nobody waits for a reader, which trains on with what it has.
+            trouble = learner.mirror.trouble
+            return f"new steps are not read: {trouble}" if trouble else ""
         away = f"some inserts wait: {learner.client.trouble}" if learner.client.trouble else ""
         return "; ".join(filter(None, (away, lasting(*self._inserts_wait()))))
 

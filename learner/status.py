@@ -49,7 +49,8 @@ class Snapshot:
     waiting_for: str
     """Why no update is running, and for how long; empty while updates run."""
     inserts_wait: str
-    """Why no insert is admitted, and for how long; empty while they are."""
+    """Why no insert is admitted, and for how long; empty while they are. Of a learner that only
+    reads a replay: which servers it cannot follow now, and why."""
     pid: int
     """Process of the learner."""
     started_at: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -12,19 +13,21 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from deploy.cli import main, parse_train
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, save_config, with_values
 from deploy.launch import record_schema
-from deploy.offline import require_columns
+from deploy.offline import Source, make_learner, make_mirror, require_columns
 from deploy.presets import preset
 from deploy.probe import EnvFacts
+from deploy.progress import line, view
 from deploy.secretscmd import SecretsOptions, make_secrets
 from deploy.servers import replay_server
 from dreamer.spaces import DiscreteAction, VectorSpec
@@ -35,6 +38,7 @@ from replay_service import (
     ArchiveLog,
     Chunk,
     CreditLimiter,
+    EmbeddedServer,
     Limits,
     Mirror,
     ReplayClient,
@@ -301,6 +305,36 @@ def trained_through(
             return rows[0], rows[-1]
         assert time.monotonic() < deadline, rows[-1:]
         time.sleep(0.2)
+
+
+def test_a_server_that_cannot_be_followed_is_named_while_training_goes_on(tmp_path: Path) -> None:
+    config = with_values(cartpole(), {"offline": "both", "updates": 5})
+    schema = record_schema(config, FACTS)
+    servers = [EmbeddedServer(tmp_path / name, max_memory_bytes=2**26) for name in ("one", "two")]
+    with servers[0], servers[1]:
+        clients = [ReplayClient(server.url) for server in servers]
+        for number, client in enumerate(clients):
+            fill(client, schema, f"actor-{number}")
+        source = Source(log=[ServerLog(client) for client in clients], schema=schema, steps=None)
+        mirror = make_mirror(config, source, schema, tmp_path)
+        mirror.start()
+        absorb_until(mirror, lambda: mirror.size_steps == 2 * STEPS)
+        learner = make_learner(config, tmp_path, FACTS, mirror)
+        assert learner.snapshot().inserts_wait == ""
+        servers[1].stop()
+        absorb_until(mirror, lambda: mirror.trouble)
+        snapshot = learner.snapshot()
+        assert snapshot.inserts_wait.startswith("new steps are not read: ")
+        assert clients[1].address in snapshot.inserts_wait
+        assert clients[0].address not in snapshot.inserts_wait and not snapshot.waiting_for
+        assert snapshot.inserts_wait in line(asdict(snapshot))
+        console = Console(width=400, record=True, file=io.StringIO())
+        console.print(view(asdict(snapshot)))
+        assert snapshot.inserts_wait in console.export_text()
+        mirror.stop()
+        learner.recorder.close()
+        for client in clients:
+            client.close()
 
 
 def test_what_an_agent_lacks_in_a_replay_is_named_with_the_way_out() -> None:
