@@ -29,6 +29,14 @@ LEARNER, ACTOR = "learner", "actor"
 _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Despite its name Ray reads it on every system."""
 LISTENER_TIMEOUT_S = 5.0
+_GCS_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""Not in ``_system_config``: the driver's first client of the GCS is older than that."""
+GCS_AWAY_S = 3600
+"""How long this process goes on without the control process (GCS) of its private Ray.
+
+A SIGTERM to a whole process group or service ends Ray's processes too, and after Ray's own 60 s it
+would end this one: an update that takes longer, such as one that compiles, could then save nothing.
+"""
 
 
 class ClusterError(RuntimeError):
@@ -177,7 +185,8 @@ def _set_environment(authentication: dict[str, str], loopback: bool) -> None:
     Args:
         authentication: the mode, and the token if there is one.
         loopback: whether everything listens on 127.0.0.1. Ray takes a loopback address of a node
-            for a mistake, and replaces it, unless clusters are switched off altogether.
+            for a mistake, and replaces it, unless clusters are switched off altogether. Then
+            this Ray is private, too, and its GCS may be away for long.
     """
     imported = "ray" in sys.modules
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -187,6 +196,8 @@ def _set_environment(authentication: dict[str, str], loopback: bool) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.update(authentication)
     os.environ[_CLUSTERS] = "0" if loopback else "1"
+    if loopback:
+        os.environ[_GCS_AWAY] = str(GCS_AWAY_S)
     if imported:
         constants: Any = importlib.import_module("ray._private.ray_constants")
         constants.ENABLE_RAY_CLUSTER = not loopback

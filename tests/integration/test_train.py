@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shutil import copytree
 
@@ -36,13 +36,32 @@ FOREVER = "10000000"
 TOKEN = "DREAMFLEET_TEST_RUN"
 """In the environment of a run's process, and so of all that come from it."""
 START_S, END_S = 240.0, 180.0
+SLOW_UPDATE = """
+import sys, time
+from pathlib import Path
+from deploy import cli
+from learner.learner import Learner
+update = Learner._update
+def slow(self):
+    Path(sys.argv[1]).touch()
+    time.sleep(20.0)
+    update(self)
+Learner._update = slow
+sys.exit(cli.main(sys.argv[2:]))
+"""
+"""The program, but every update takes long, and leaves a file where it begins."""
 
 
 class Run:
     """One `dreamfleet train` in a process of its own, of the real program or a variant of it."""
 
     def __init__(
-        self, directory: Path, *flags: str, program: Sequence[str] = ("-m", "deploy.cli")
+        self,
+        directory: Path,
+        *flags: str,
+        program: Sequence[str] = ("-m", "deploy.cli"),
+        own_group: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.directory, self.token = directory, secrets.token_hex(8)
         command = [sys.executable, *program, "train", *SMALL]
@@ -52,7 +71,13 @@ class Run:
             cwd=ROOT,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", TOKEN: self.token},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                TOKEN: self.token,
+                **(environment or {}),
+            },
+            process_group=0 if own_group else None,
         )
         self.members: dict[int, psutil.Process] = {}
 
@@ -182,6 +207,32 @@ def test_an_interrupt_saves_and_leaves_no_process(start) -> None:  # type: ignor
     run = start("--steps", FOREVER)
     run.wait_for(training, START_S)
     ends_well(run, signal.SIGINT, 130)
+
+
+def test_a_signal_to_the_whole_group_in_a_long_update_saves_what_the_update_makes(
+    tmp_path: Path,
+) -> None:
+    begun = tmp_path / "begun"
+    run = Run(
+        tmp_path / "run",
+        *("--steps", FOREVER),
+        program=("-c", SLOW_UPDATE, str(begun)),
+        own_group=True,
+        # What Ray would wait for its control process, were it not told otherwise: less than the
+        # update takes.
+        environment={"RAY_gcs_rpc_server_reconnect_timeout_s": "3"},
+    )
+    try:
+        run.wait_for(lambda _: begun.exists(), START_S)
+        os.killpg(run.process.pid, signal.SIGTERM)
+        assert run.process.wait(END_S) == 143, run.output()
+        assert run.left(1.0) == []
+        assert run.status()["phase"] == "stopped"
+        saved = load_newest(run.directory / "checkpoints")
+        assert saved is not None
+        assert saved.manifest["update"] == run.status()["updates"] == 1
+    finally:
+        run.close()
 
 
 def test_actors_join_and_leave_a_run_which_keeps_the_number_and_ends_when_asked(start) -> None:  # type: ignore[no-untyped-def]
