@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dreamer.ranges import require_ranges
+
 
 @dataclass(frozen=True, kw_only=True)
 class RSSMConfig:
@@ -32,6 +34,7 @@ class RSSMConfig:
     """Share of the uniform distribution mixed into every categorical."""
 
     def __post_init__(self) -> None:
+        require_ranges(self, "agent.rssm")
         if self.deter % self.blocks:
             raise ValueError(
                 f"rssm.deter must be a multiple of rssm.blocks, got {self.deter} and "
@@ -43,8 +46,6 @@ class RSSMConfig:
                 f"rssm.classes must be 2..256 (a replay record keeps one byte per group), "
                 f"got {self.classes}"
             )
-        if not 0.0 <= self.unimix < 1.0:
-            raise ValueError(f"rssm.unimix is a share in [0, 1), got {self.unimix}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class DecoderConfig:
     """Blocks of the image stem's deterministic branch."""
 
     def __post_init__(self) -> None:
+        require_ranges(self, "agent.decoder")
         _check_odd("decoder.kernel", self.kernel, "so that images keep their size")
         width = self.depth * self.mults[-1]
         if width % self.blocks:
@@ -127,6 +129,13 @@ class ActorNetConfig:
     """Largest standard deviation of a continuous action."""
     unimix: float = 0.01
     """Share of the uniform distribution mixed into discrete actions."""
+
+    def __post_init__(self) -> None:
+        if self.min_std > self.max_std:
+            raise ValueError(
+                f"actor.min_std must be <= actor.max_std, got {self.min_std} and {self.max_std}; "
+                "set --agent.actor.min-std or --agent.actor.max-std"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +265,8 @@ class AgentConfig:
     """Noise on the actors' actions."""
 
     def __post_init__(self) -> None:
+        # Here, and not in every part: only the whole knows by which flag a part is set.
+        require_ranges(self, "agent")
         if self.context not in (0, 1):
             raise ValueError(
                 f"context is 1 (windows start from the stored latent of the record before) or 0 "
