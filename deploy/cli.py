@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from deploy.config import FILE_NAME, ConfigError, TrainConfig, load_config, nearest
 
+log = logging.getLogger("deploy.cli")  # also as `python -m`, where this is `__main__`
+
 PROG = "dreamfleet"
 PACKAGES = ("dreamer", "replay_service", "actors", "learner", "deploy", "benchmarks")
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED = 2, 1, 130
@@ -63,36 +65,44 @@ def parse_train(args: list[str]) -> TrainConfig:
     """Return the configuration that `dreamfleet train ARGS` asks for.
 
     A run directory that holds a run is the start unless a preset or size is given; otherwise the
-    preset is. Every other flag changes one field.
+    preset is. Without one it is that of the run there or else of the environment, and the log names
+    it. Every other flag changes one field.
 
     Raises:
         ConfigError: unknown flags (the nearest one is given), bad values.
         SystemExit: help was asked for.
     """
-    from deploy.presets import PRESETS, cost, preset
+    from deploy.presets import PRESETS, cost, preset, preset_for
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset")
     first.add_argument("--size")
     first.add_argument("--run-dir", "--run_dir", type=Path)
     first.add_argument("--offline")
+    first.add_argument("--env", default=TrainConfig().env)
+    first.add_argument("--environment.obs", dest="obs")
     with _one_line_errors():
         chosen, _ = first.parse_known_args(args)
-    saved = chosen.run_dir / FILE_NAME if chosen.run_dir else None
-    if saved and saved.exists() and not (chosen.preset or chosen.size):
-        default = load_config(saved)
+    saved = chosen.run_dir / FILE_NAME if chosen.run_dir and not chosen.preset else None
+    run, note = load_config(saved) if saved and saved.exists() else None, ""
+    if run and not chosen.size:
+        default = run
     else:
-        named = chosen.preset or chosen.size
-        start = preset(chosen.preset or TrainConfig().preset, chosen.size)
-        default = start
+        fitting, why = preset_for(chosen.env, image=chosen.obs in ("image", "both"))
+        if run:
+            fitting, why = run.preset, f"the run in {chosen.run_dir} has it"
+        default = start = preset(chosen.preset or fitting, chosen.size)
         if chosen.offline:
             from deploy.offline import offline_default
 
+            named = chosen.preset or chosen.size
             default = offline_default(chosen.offline, start if named else None) or start
+        if default is start and not chosen.preset:
+            note = f"{fitting}: {why} (--preset takes another)"
     presets = "\n".join(
         f"  {name}: {known.summary} ({cost(preset(name))})" for name, known in PRESETS.items()
     )
-    return parse(
+    config = parse(
         TrainConfig,
         args,
         command="train",
@@ -100,6 +110,9 @@ def parse_train(args: list[str]) -> TrainConfig:
         description="Train an agent; the run directory keeps everything, and continues if it "
         f"exists. Values below are those of --preset {default.preset}. Presets:\n{presets}",
     )
+    if note:
+        log.info("preset_chosen %s", note)
+    return config
 
 
 def parse(
@@ -145,8 +158,8 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    config = parse_train(args)
     _log_from(logging.INFO)
+    config = parse_train(args)
     if config.offline is not None:
         from deploy.offline import train_offline
 

@@ -47,8 +47,9 @@ class TrainConfig:
     """Train an agent: environments, replay, learner and everything between them."""
 
     preset: str = "v3-cartpole"
-    """Named configuration to start from; every other flag changes it. One of v3-cartpole,
-    v3-balance, v3-dmc-proprio, v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid;
+    """Named configuration to start from; every other flag changes it. With --env alone it is that
+    of the environment's suite, else v3. One of v3, v3-cartpole, v3-balance, v3-dmc-proprio,
+    v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid;
     v1-cartpole, v1-balance, v1-dmc-vision, v1-dmc-proprio, v1-atari, v1-crafter, v1-minigrid;
     v2-cartpole, v2-balance, v2-dmc-vision, v2-dmc-proprio, v2-atari, v2-atari100k, v2-crafter,
     v2-minigrid; v3-2023-cartpole, v3-2023-balance, v3-2023-dmc-vision, v3-2023-dmc-proprio,

@@ -8,7 +8,7 @@ from deploy.config import ConfigError, TrainConfig, nearest, with_values
 from deploy.presets.base import Preset
 from deploy.presets.control import CONTROL_PRESETS
 from deploy.presets.earlier import EARLIER_PRESETS
-from deploy.presets.v3 import V3_PRESETS
+from deploy.presets.v3 import SUITE_PRESETS, V3_PRESETS
 from dreamer.config import V3Config
 from dreamer.presets import AGENTS, agent_config, sized
 
@@ -35,6 +35,24 @@ def preset(name: str, size: str | None = None) -> TrainConfig:
         agent=sized(agent_config(chosen.agent, chosen.size), size),
     )
     return with_values(base, chosen.values)
+
+
+def preset_for(env: str, *, image: bool = False) -> tuple[str, str]:
+    """Return which preset an environment gets that comes without one, and why.
+
+    Args:
+        env: its id.
+        image: whether images were asked for where there is a choice.
+    """
+    default = TrainConfig()
+    if env == default.env:
+        return default.preset, f"it is made for {env}"
+    for prefix, name in SUITE_PRESETS.items():
+        if env.startswith(prefix):
+            if image and prefix == "dmc:":
+                return "v3-dmc-vision", "DeepMind Control from images"
+            return name, f"it is made for {prefix}…"
+    return "v3", f"no preset is made for {env}; check its steps, --train-ratio and --size"
 
 
 def cost(config: TrainConfig) -> str:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from deploy.presets.base import Preset
 
+SUITE_PRESETS = {
+    "dmc:": "v3-dmc-proprio",
+    # The other one keeps 120 GiB, and takes weeks.
+    "ale:": "v3-atari100k",
+    "crafter:": "v3-crafter",
+    "minigrid:": "v3-minigrid",
+}
+"""How an environment's id begins → the preset of its suite."""
+
 V3_PRESETS: dict[str, Preset] = {
     "v3-cartpole": Preset(
         summary="CartPole-v1 on two CPU cores in minutes. Our own numbers: a small batch and a "
@@ -30,6 +39,20 @@ V3_PRESETS: dict[str, Preset] = {
             # Where the cart is costs more KL than it is worth as a squared error: at 1 the model
             # does not know it, and the cart drifts off the track.
             "agent.scales.rec": 20.0,
+        },
+    ),
+    "v3": Preset(
+        summary="Any environment: the published numbers that all benchmarks share, a moderate size "
+        "and replay, and every environment in a process of its own.",
+        agent="v3",
+        size="12m",
+        values={
+            "env": "CartPole-v1",
+            "steps": 1_000_000,
+            "actors": 1,
+            "envs_per_actor": 4,
+            "train_ratio": 32.0,
+            "replay.capacity_steps": 500_000,
         },
     ),
     "v3-dmc-proprio": Preset(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,39 @@ def test_run_directory_alone_continues_with_what_it_was_started_with(tmp_path: P
 
 def test_default_is_the_cartpole_preset() -> None:
     assert parse_train([]) == preset("v3-cartpole")
+
+
+def test_environment_alone_takes_its_preset_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "deploy.cli"):
+        config = parse_train(["--env", "my_package.my_env:MyEnv", "--size", "25m"])
+    assert config == replace(preset("v3", "25m"), env="my_package.my_env:MyEnv")
+    assert "preset_chosen v3: no preset is made for my_package.my_env:MyEnv" in caplog.text
+    images = parse_train(["--env=dmc:cup-catch", "--environment.obs", "image"])
+    assert (images.preset, images.env) == ("v3-dmc-vision", "dmc:cup-catch")
+
+
+def test_chosen_preset_is_said_on_the_terminal_once(tmp_path: Path) -> None:
+    words = ["train", "--env", "no.module:Here", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    shown = " ".join((done.stdout + done.stderr).split())
+    assert shown.count("preset_chosen v3: no preset is made for no.module:Here") == 1, shown
+
+
+def test_named_preset_and_existing_run_are_what_an_environment_alone_does_not_change(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = ["--env", "Acrobot-v1", "--run-dir", str(tmp_path)]
+    with caplog.at_level(logging.INFO, "deploy.cli"):
+        started = parse_train([*line, "--preset", "v3-cartpole"])
+        assert started.preset == "v3-cartpole"
+        save_config(started, tmp_path / FILE_NAME)
+        assert parse_train(line) == started
+    assert "preset_chosen" not in caplog.text
+    wider = parse_train([*line, "--size", "1m"])
+    assert (wider.preset, wider.size) == ("v3-cartpole", "1m")
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
