@@ -146,6 +146,11 @@ def _obs_part(
             return _image_part(name, space, image_size)
         if len(space.shape) <= 1 and space.dtype is not None and space.dtype.kind in "fiu":
             return _vector_part(name, space)
+        if len(space.shape) == 3 and space.dtype != np.uint8:
+            raise SpaceError(
+                f"{name}: {space} cannot be observed: images (h, w, c) must be uint8, got "
+                f"{space.dtype}; emit uint8 from 0 to 255, in a wrapper if need be"
+            )
     raise SpaceError(
         f"{name}: {space} cannot be observed: the agent takes uint8 images (h, w, c), numeric "
         "vectors (d,), Discrete, and one Dict of them; change it with a wrapper such as "
@@ -206,7 +211,10 @@ def _image_part(
             "(h, w, c): move the axis in a wrapper"
         )
     if image_size is None and h != w:
-        raise SpaceError(f"{name}: images must be square, got {shape}; resize them in a wrapper")
+        raise SpaceError(
+            f"{name}: images must be square, got {shape}; resize them in a wrapper, or with "
+            "--environment.image-size"
+        )
     size = image_size or h
 
     def read(raw: Any) -> NDArray[Any]:

@@ -180,7 +180,9 @@ def load(path: Path, device: str = "cpu") -> Checkpoint:
             )
         state = torch.load(path / STATE, map_location=device, weights_only=True)
     except _UNREADABLE as error:
-        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
+        # The name of a missing file is in an OSError's text alone, that of a key in its repr.
+        said = str(error) if isinstance(error, OSError) else repr(error)
+        raise CheckpointError(f"{path} cannot be read: {said}") from error
     return Checkpoint(path=path, manifest=manifest, state=state)
 
 

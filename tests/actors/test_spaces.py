@@ -41,7 +41,7 @@ def test_observation_space_becomes_specs(space: spaces.Space, want: dict[str, An
 @pytest.mark.parametrize(
     ("space", "words"),
     [
-        (box(0, 1, (8, 8, 3)), "cannot be observed"),
+        (box(0, 1, (8, 8, 3)), "must be uint8, got float32; emit uint8 from 0 to 255"),
         (box(0, 1, (3, 3)), "FlattenObservation"),
         (spaces.Text(5), "cannot be observed"),
         (spaces.Tuple([spaces.Discrete(2)]), "cannot be observed"),
@@ -51,7 +51,7 @@ def test_observation_space_becomes_specs(space: spaces.Space, want: dict[str, An
         (spaces.Dict({"reward": spaces.Discrete(2)}), "reward"),
         (spaces.Dict({"action.x": spaces.Discrete(2)}), "column name"),
         (box(0, 255, (3, 84, 84), np.uint8), "channels first"),
-        (box(0, 255, (10, 20, 3), np.uint8), "square"),
+        (box(0, 255, (10, 20, 3), np.uint8), "or with --environment.image-size"),
         (spaces.Discrete(1), "at least 2 classes"),
     ],
 )

@@ -110,6 +110,14 @@ def test_all_corrupt_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
         load_newest(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["state.pt", "manifest.json"])
+def test_checkpoint_with_a_file_missing_names_the_file(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, 1)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"cannot be read: .*No such file.*{name}"):
+        load(path)
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
