@@ -31,11 +31,13 @@ _CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LISTENER_TIMEOUT_S = 5.0
 _GCS_AWAY = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Not in ``_system_config``: the driver's first client of the GCS is older than that."""
-GCS_AWAY_S = 3600
+GCS_AWAY_S = 600
 """How long this process goes on without the control process (GCS) of its private Ray.
 
 A SIGTERM to a whole process group or service ends Ray's processes too, and after Ray's own 60 s it
 would end this one: an update that takes longer, such as one that compiles, could then save nothing.
+Not longer: where the GCS alone has died, an actor that is lost does not come back, the run waits,
+and only this end lets whoever watches it start it again.
 """
 
 
