@@ -82,7 +82,7 @@ CONTROL_PRESETS: dict[str, Preset] = {
         summary="DreamerV1 on cartpole-balance from vectors, within an hour of two CPU cores.",
         agent="v1",
         size="tiny",
-        values=_BALANCE | _FAST | _BALANCE_WITHOUT_ENDS,
+        values=_BALANCE | _FAST | _BALANCE_WITHOUT_ENDS | {"agent.free_nats": 0.5},
     ),
     "v2-balance": Preset(
         summary="DreamerV2 on the same, with the entropy and free nats of its DMC settings.",
