@@ -1,7 +1,7 @@
 """Presets of the agents beside DreamerV3 of 2025, with the numbers of their publications.
 
 Their schedules are written as train ratios: V1 makes 100 updates of 50×50 steps every 1,000 frames,
-V2 one of 16×50 every 5 or 16 steps, DreamerPro one of 50×50 every 5.
+V2 one of 16×50 every 5 or 16 steps, DreamerPro one of 50×51 every 5.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ _PRO = (
     | _WITHIN
     | {
         "steps": 500_000,
-        "train_ratio": 500.0,
+        "train_ratio": 510.0,
         "replay.capacity_steps": 500_000,
         "replay.min_size_steps": 2_500,
         "learner.batch_size": 50,
-        "learner.batch_length": 50,
+        # Its losses of prototypes leave the first step out.
+        "learner.batch_length": 51,
     }
 )
 _V2_ATARI = {
@@ -152,6 +153,8 @@ EARLIER_PRESETS: dict[str, Preset] = {
         | {
             "env": "crafter:reward",
             "steps": 1_000_000,
+            # 100 updates every 1,000 frames, which are its steps.
+            "train_ratio": 250.0,
             "environment.image_size": 64,
             "replay.capacity_steps": 1_000_000,
         },
@@ -271,6 +274,7 @@ EARLIER_PRESETS: dict[str, Preset] = {
         | {
             "steps": 100_000,
             "train_ratio": 1024.0,
+            "learner.precision": "fp32",
             "environment.sticky": 0.0,
             "environment.all_actions": False,
             "replay.capacity_steps": 100_000,
