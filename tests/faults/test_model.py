@@ -221,7 +221,8 @@ class Protocol(RuleBasedStateMachine):
         chunk = make(sid, seq)
         blob = encode_chunk(chunk, SCHEMA)
         # A large chunk that had to wait, or whose commit a cut took, is still there.
-        sent = bool(self.client.fetch([self.client.payload_key(sid, seq)])[0])
+        with redis.Redis.from_url(self.server.url) as admin:
+            sent = bool(admin.exists(self.client.payload_key(sid, seq)))
         reply = self.client.insert(SCHEMA, sid, seq, chunk.steps, blob, send=False)
         want = self.model.insert(sid, seq, chunk.steps, len(blob), sent=sent)
         assert reply.code == want, (sid, seq, reply)
