@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from dreamer.config import V3Config
 from dreamer.policy import Policy
 from dreamer.presets import with_fields
 from tests.learning.agents import small
@@ -86,7 +87,10 @@ def test_the_agent_reaches_nine_tenths_of_the_optimum(agent: str, lesson: str) -
 
 def test_an_agent_whose_actor_has_the_wrong_sign_fails() -> None:
     task, optimum = LESSONS["slippery"][:2]
-    config = with_fields(small("v3"), {"scales.policy": -1.0})
+    config = small("v3")
+    assert isinstance(config, V3Config)
+    # No flag can ask for this.
+    object.__setattr__(config.scales, "policy", -1.0)
     # No goal: a policy that has hardly been trained may choose the better door every time.
     earned = learn(task, config, goal=float("inf"), rounds=1200)
     assert earned < 0.75 * optimum, f"it minimised its return and earned {earned:.2f}"
