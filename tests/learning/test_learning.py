@@ -7,6 +7,7 @@ least 90 % of it. What the fleet adds is tested in tests/integration.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from functools import partial
 from typing import NamedTuple
 
@@ -89,8 +90,10 @@ def test_an_agent_whose_actor_has_the_wrong_sign_fails() -> None:
     task, optimum = LESSONS["slippery"][:2]
     config = small("v3")
     assert isinstance(config, V3Config)
-    # No flag can ask for this.
-    object.__setattr__(config.scales, "policy", -1.0)
+    # No flag can ask for this. The scales are shared by all configurations, so it gets its own.
+    scales = copy(config.scales)
+    object.__setattr__(scales, "policy", -1.0)
+    object.__setattr__(config, "scales", scales)
     # No goal: a policy that has hardly been trained may choose the better door every time.
     earned = learn(task, config, goal=float("inf"), rounds=1200)
     assert earned < 0.75 * optimum, f"it minimised its return and earned {earned:.2f}"
