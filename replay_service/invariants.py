@@ -342,9 +342,8 @@ class _ServerCheck:
         if not size and self._admin.stats().evicted_steps >= entry.position + entry.steps:
             return
         if size > entry.size_bytes:
-            size = self._admin.sizes([entry.key])[
-                0
-            ]  # no more of it was read than that it is larger
+            # No more of it was read than shows that it is larger.
+            (size,) = self._admin.sizes([entry.key])
         problem = "the stored chunk has another size" if size else "the chunk is missing"
         self._note("C", problem, entry, f"{size} bytes", f"{entry.size_bytes} bytes")
 
