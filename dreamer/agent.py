@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dreamer import imagination
+from dreamer import imagination, ops
 from dreamer.actor import ActionCodec
 from dreamer.batch import Batch
 from dreamer.config import AgentConfig
@@ -164,6 +164,22 @@ class Agent(nn.Module):
             "kl_nats/prior_entropy": entropy(rollout.prior.detach()).mean(),
             "kl_nats/post_entropy": entropy(rollout.post.detach()).mean(),
         }
+
+    @staticmethod
+    def behaviour_metrics(
+        entropy: Tensor, returns: Tensor, value: Tensor, reward: Tensor, live: Tensor
+    ) -> Metrics:
+        """Return what is worth watching of a trajectory, without gradient."""
+        low, high = ops.percentiles(returns, 0.05, 0.95)
+        means = {
+            "entropy_nats": entropy,
+            "return_mean": returns,
+            "value_mean": value,
+            "imagined_reward": reward,
+            "imagined_cont": live,
+        }
+        metrics = {name: x.detach().mean() for name, x in means.items()}
+        return metrics | {"return_percentile/5": low, "return_percentile/95": high}
 
     @property
     def horizon(self) -> int:

@@ -12,7 +12,7 @@ from dreamer.dists import Part, TanhNormal
 from dreamer.earlier import ProConfig, ProV3Config
 from dreamer.nets import Style
 from dreamer.prototypes import LOSSES, Prototypes
-from dreamer.v2 import DreamerV2, behaviour_metrics
+from dreamer.v2 import DreamerV2
 from dreamer.v3 import DreamerV3
 
 MIN_STD = 0.1
@@ -95,7 +95,7 @@ class DreamerPro(PrototypeLearner, DreamerV2):
         losses = {"policy": -weight * (gain + rule.entropy * entropy)}
         # Critic
         losses["value"] = weight * critic.loss(returns.detach())
-        return losses, behaviour_metrics(entropy, returns, critic.mean(), reward, live)
+        return losses, self.behaviour_metrics(entropy, returns, critic.mean(), reward, live)
 
     def scale(self, loss: str) -> float:
         """Return the weight of a loss."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from dreamer import ops
 from dreamer.actor import ActionCodec, Actor
 from dreamer.agent import Agent, Group, Losses, Metrics, PolicyParts, Rollout, Trajectory
-from dreamer.backbone import centred_decoder, centred_encoder, make_latent
+from dreamer.backbone import centred_decoder, centred_encoder, layer_style, make_latent
 from dreamer.batch import Batch
 from dreamer.config import AgentConfig
 from dreamer.core import LayerNormGRU
@@ -18,7 +18,7 @@ from dreamer.dists import ActionDist, Part, TruncatedNormal
 from dreamer.earlier import V2Config
 from dreamer.heads import BernoulliHead, GaussHead
 from dreamer.latent import sigmoid2_std
-from dreamer.nets import LAYER_ELU, PLAIN_ELU, Style
+from dreamer.nets import Style
 from dreamer.optim import Adam
 from dreamer.rssm import RSSM
 from dreamer.slow import CopyClock, frozen_copy
@@ -140,7 +140,7 @@ class DreamerV2(Agent):
         # Critic
         critic = self.critic(feature[:, :-1].detach())
         losses["value"] = weight * critic.loss(returns.detach())
-        return losses, behaviour_metrics(entropy, returns, critic.mean(), reward, live)
+        return losses, self.behaviour_metrics(entropy, returns, critic.mean(), reward, live)
 
     def discounts(self, batch: Batch, feature: Tensor) -> Tensor:
         """Return γ times the continuation (N, H+1), the true one where a trajectory starts.
@@ -189,24 +189,3 @@ class DreamerV2(Agent):
     def update_slow(self) -> None:
         """Copy the critic every so many updates."""
         self.slow_clock.copy(self.slow_critic, self.critic)
-
-
-def layer_style(config: V2Config) -> Style:
-    """Return how layers are built: with a norm on Crafter, without elsewhere."""
-    return LAYER_ELU if config.layer_norm else PLAIN_ELU
-
-
-def behaviour_metrics(
-    entropy: Tensor, returns: Tensor, value: Tensor, reward: Tensor, live: Tensor
-) -> Metrics:
-    """Return what is worth watching of a trajectory, without gradient."""
-    low, high = ops.percentiles(returns, 0.05, 0.95)
-    means = {
-        "entropy_nats": entropy,
-        "return_mean": returns,
-        "value_mean": value,
-        "imagined_reward": reward,
-        "imagined_cont": live,
-    }
-    metrics = {name: x.detach().mean() for name, x in means.items()}
-    return metrics | {"return_percentile/5": low, "return_percentile/95": high}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreamer import ops
 from dreamer.actor import ActionCodec, Actor
 from dreamer.agent import Agent, Group, Losses, Metrics, PolicyParts, Rollout, Trajectory
+from dreamer.backbone import pooled_decoder, pooled_encoder
 from dreamer.batch import Batch
-from dreamer.config import AgentConfig, DecoderConfig, EncoderConfig, V3Config
-from dreamer.conv import ConvDecoder, ConvEncoder, check_image_size
+from dreamer.config import AgentConfig, V3Config
 from dreamer.core import BlockGRU
-from dreamer.decoder import Decoder
 from dreamer.dists import BoundedNormal
-from dreamer.encoder import Encoder
 from dreamer.heads import BernoulliHead, TwoHot, TwoHotHead
 from dreamer.latent import OneHotLatent
 from dreamer.normalize import PercentileScale
@@ -53,27 +51,19 @@ class DreamerV3(Agent):
         self.slow_critic = frozen_copy(self.critic)
         rule = config.behaviour
         self.return_scale = PercentileScale(
-            rate=rule.return_rate,
-            low=rule.return_low,
-            high=rule.return_high,
+            rate=rule.return_rate, low=rule.return_low, high=rule.return_high,
             limit=rule.return_limit,
-        )
+        )  # fmt: skip
         optim = config.optim
         self.optimiser = LaProp(
-            trained,
-            lr=optim.lr,
-            warmup=optim.warmup,
-            beta1=optim.beta1,
-            beta2=optim.beta2,
-            eps=optim.eps,
-            agc=optim.agc,
-            agc_floor=optim.agc_floor,
-        )
+            trained, lr=optim.lr, warmup=optim.warmup, beta1=optim.beta1, beta2=optim.beta2,
+            eps=optim.eps, agc=optim.agc, agc_floor=optim.agc_floor,
+        )  # fmt: skip
         self._trained = tuple(trained)
 
     def build_objective(self, deter: int, stoch: int) -> None:
         """Build what the representation learns from: the decoder."""
-        self.decoder = make_decoder(self.obs_space, self.config.decoder, deter, stoch)
+        self.decoder = pooled_decoder(self.obs_space, self.config.decoder, deter, stoch)
 
     @staticmethod
     def policy_parts(
@@ -81,7 +71,7 @@ class DreamerV3(Agent):
     ) -> PolicyParts:
         """Return the encoder, RSSM and actor with fresh parameters."""
         assert isinstance(config, V3Config), config
-        encoder, rssm = make_encoder(obs_space, config.encoder), config.rssm
+        encoder, rssm = pooled_encoder(obs_space, config.encoder), config.rssm
         latent = OneHotLatent(rssm.stoch, rssm.classes, rssm.unimix)
         action = ActionCodec(action_space).size
         core = BlockGRU(rssm.deter, latent.size, action, rssm.hidden, rssm.blocks)
@@ -201,27 +191,3 @@ class DreamerV3(Agent):
     def update_slow(self) -> None:
         """Move the slow critic towards the fast one."""
         move_towards(self.slow_critic, self.critic, self.config.behaviour.slow_rate)
-
-
-def make_encoder(space: ObsSpace, config: EncoderConfig) -> Encoder:
-    """Return the encoder: halving convolutions for images, an MLP on symlog vectors."""
-    depths = tuple(config.depth * mult for mult in config.mults)
-
-    def tower(key: str, size: int, channels: int) -> nn.Module:
-        check_image_size(key, size, len(depths))
-        return ConvEncoder(size, channels, depths, config.kernel)
-
-    return Encoder(space, tower, config.layers, config.units)
-
-
-def make_decoder(space: ObsSpace, config: DecoderConfig, deter: int, stoch: int) -> Decoder:
-    """Return the decoder, the mirror image of the encoder."""
-    depths = tuple(config.depth * mult for mult in config.mults)
-
-    def tower(key: str, size: int, channels: int) -> nn.Module:
-        check_image_size(key, size, len(depths))
-        return ConvDecoder(
-            size, channels, depths, config.kernel, deter, stoch, config.units, config.blocks
-        )
-
-    return Decoder(space, deter + stoch, tower, config.layers, config.units)

@@ -25,7 +25,6 @@ from dreamer.optim import Adam
 from dreamer.rssm import LearnedStartRSSM
 from dreamer.slow import frozen_copy, move_towards
 from dreamer.spaces import ActionSpace, ObsSpace
-from dreamer.v2 import behaviour_metrics
 
 MIN_STD, MAX_STD = 0.1, 1.0
 """Range of the standard deviation of a continuous action."""
@@ -145,7 +144,7 @@ class DreamerV3Of2023(Agent):
         critic = self.critic(feature[:, :-1].detach())
         pull = self.config.slow_regulariser
         losses["value"] = weight * critic.mixed_loss(targets, (1.0, pull))
-        metrics = behaviour_metrics(entropy, returns, value, reward, live)
+        metrics = self.behaviour_metrics(entropy, returns, value, reward, live)
         metrics["return_percentile/5"] = self.return_scale.low.clone()
         metrics["return_percentile/95"] = self.return_scale.high.clone()
         metrics["advantage_abs"] = advantage.detach().abs().mean()

@@ -16,6 +16,14 @@ from tests.dreamer.test_earlier import batch_of
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "agents.md").read_text()
 NAMED = sorted(set(re.findall(r"`([\w/]+\.py):([\w.]+)`", PAGE)))
+FILES = sorted({known.build.partition(":")[0] for known in AGENTS.values()})
+MOST_AGENT_LINES = 200
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_every_agent_reads_in_one_short_file(module: str) -> None:
+    text = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+    assert text.count("\n") <= MOST_AGENT_LINES
 
 
 @pytest.mark.parametrize(("file", "symbol"), NAMED)

@@ -2,10 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dreamer.backbone import pooled_decoder
 from dreamer.config import DecoderConfig
 from dreamer.decoder import Decoder
 from dreamer.spaces import DiscreteSpec, ImageSpec, ObsSpace, VectorSpec
-from dreamer.v3 import make_decoder
 from tests.dreamer.cases import close, golden, random_obs
 
 CONFIG = DecoderConfig(depth=2, units=8)
@@ -20,7 +20,7 @@ SPACE: ObsSpace = {
 
 def decoder_of(space: ObsSpace = SPACE) -> Decoder:
     torch.manual_seed(0)
-    return make_decoder(space, CONFIG, deter=16, stoch=12)
+    return pooled_decoder(space, CONFIG, deter=16, stoch=12)
 
 
 def test_every_key_is_reconstructed_in_its_own_shape() -> None:
