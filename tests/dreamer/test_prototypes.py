@@ -1,6 +1,5 @@
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,49 +32,6 @@ def test_norm_loss_matches_the_golden_number() -> None:
     norms = torch.tensor(given["proj"]).norm(dim=-1)
     close(norms, want["norms"])
     close((norms - 1).square().mean(), want["norm_loss"])
-
-
-def test_losses_equal_their_equations_written_out() -> None:
-    agent = build()
-    module = agent.prototypes
-    views = module.views(batch_of(agent))
-    rollout = agent.observe(views)
-    feature = rollout.states.feature()
-    losses, _ = module.losses(views.obs, rollout.embed, feature)
-
-    def unit(x: torch.Tensor) -> Any:
-        array = x.detach().double().numpy()
-        return array / np.linalg.norm(array, axis=-1, keepdims=True)
-
-    centres = unit(module.centres)
-    teacher = unit(module.slow_proj(module.slow_encoder(views.obs))) @ centres.T
-    student = unit(module.embed_proj(rollout.embed)) @ centres.T / 0.1
-    dynamics = unit(module.feature_proj(feature)) @ centres.T / 0.1
-
-    def log_softmax(x: Any) -> Any:
-        return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-    half = 2
-    targets = []
-    for view in (teacher[:half], teacher[half:]):
-        flat = torch.tensor(view[:, 1:].reshape(-1, centres.shape[0]))
-        targets.append(ops.sinkhorn(flat, 0.0125, 3).double().numpy())
-    logs = [
-        log_softmax(x[:, 1:]).reshape(-1, len(centres)) for x in (student[:half], student[half:])
-    ]
-    swav = (
-        -0.5 * (targets[1] * logs[0]).sum(-1).mean() - 0.5 * (targets[0] * logs[1]).sum(-1).mean()
-    )
-    close(losses["swav"].mean(), swav, rtol=1e-4)
-    log_dynamics = log_softmax(dynamics[:, 1:]).reshape(-1, len(centres))
-    close(
-        losses["temp"].mean(),
-        -(np.concatenate(targets) * log_dynamics).sum(-1).mean(),
-        rtol=1e-4,
-    )
-    norms = [module.embed_proj(rollout.embed), module.feature_proj(feature)]
-    want = sum(((x.detach().norm(dim=-1) - 1) ** 2).mean() for x in norms)
-    close(losses["norm"], want, rtol=1e-5)
 
 
 def test_losses_move_students_and_never_the_teacher() -> None:
