@@ -115,8 +115,12 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def move(self, encoder: nn.Module) -> None:
-        """Move the teacher towards the student and put the prototypes back on the sphere."""
-        move_towards(self.slow_encoder, encoder, self.config.ema_rate)
-        move_towards(self.slow_proj, self.embed_proj, self.config.ema_rate)
+        """Move the teacher towards the student and put the prototypes back on the sphere.
+
+        The first move goes all the way, as in the published code.
+        """
+        rate = (self.count == 0).float().clamp_min(self.config.ema_rate)
+        move_towards(self.slow_encoder, encoder, rate)
+        move_towards(self.slow_proj, self.embed_proj, rate)
         self.centres.copy_(F.normalize(self.centres, dim=-1))
         self.count += 1

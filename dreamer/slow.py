@@ -17,9 +17,16 @@ def frozen_copy(module: Module) -> Module:
 
 
 @torch.no_grad()
-def move_towards(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """Move every parameter of the copy by a share of its distance (DreamerV3)."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+def move_towards(slow: nn.Module, fast: nn.Module, rate: float | Tensor) -> None:
+    """Move every parameter of the copy by a share of its distance (DreamerV3, DreamerPro).
+
+    A ``rate`` that is known on the device alone is a 0-d tensor.
+    """
+    if isinstance(rate, Tensor):
+        for kept, new in zip(slow.parameters(), fast.parameters(), strict=True):
+            kept.lerp_(new, rate)
+    else:
+        torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
 
 
 class CopyClock(nn.Module):

@@ -70,6 +70,7 @@ def test_the_teacher_follows_at_the_golden_rate() -> None:
     given, want = golden("ema_encoder")
     agent = build(**{"prototypes.ema_rate": given["rate"]})
     module = agent.prototypes
+    module.count += 1  # the first update is behind it
     with torch.no_grad():
         module.slow_proj.weight.zero_()
         module.embed_proj.weight.fill_(1.0)
@@ -78,6 +79,31 @@ def test_the_teacher_follows_at_the_golden_rate() -> None:
         module.move(agent.encoder)
         found.append(module.slow_proj.weight[0, 0].item())
     close(torch.tensor(found), want["after_1_2_3"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pro", "pro-v3"])
+def test_the_first_update_makes_the_teacher_a_copy_of_the_student_and_no_later_one_does(
+    name: str,
+) -> None:
+    agent = build(name)
+    module = agent.prototypes
+    pairs = [(module.slow_encoder, agent.encoder), (module.slow_proj, module.embed_proj)]
+
+    def equal() -> list[bool]:
+        return [
+            torch.equal(kept, new)
+            for slow, fast in pairs
+            for kept, new in zip(slow.parameters(), fast.parameters(), strict=True)
+        ]
+
+    with torch.no_grad():
+        for slow, _ in pairs:
+            for param in slow.parameters():
+                param.normal_()
+    agent.update(batch_of(agent))
+    assert all(equal())
+    agent.update(batch_of(agent))
+    assert not any(equal())
 
 
 @pytest.mark.parametrize("whole", [False, True])
