@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,12 +10,17 @@ from dreamer.spaces import ImageSpec
 from tests.dreamer.cases import (
     ACTIONS,
     OBS,
+    PUSH,
     TURN,
     VECTOR,
     debug_agent,
     debug_config,
     random_batch,
 )
+from tests.dreamer.test_earlier import PIXELS, batch_of, build
+
+# What every agent takes.
+EVERYTHING = PIXELS | {key: OBS[key] for key in ("vector", "mode")}
 
 
 def test_an_agent_is_built_from_its_name() -> None:
@@ -86,17 +93,55 @@ def test_an_agent_without_stored_latents_gives_none_back() -> None:
     assert agent.update(random_batch(agent))[1] == {}
 
 
-def test_the_checkpoint_holds_everything_that_the_next_update_needs() -> None:
-    left, right = debug_agent(OBS, ACTIONS), debug_agent(OBS, ACTIONS, seed=1)
-    batch = random_batch(left)
+@pytest.mark.parametrize("name", AGENTS)
+def test_only_the_kernels_of_two_hot_reward_and_critic_start_at_zero(name: str) -> None:
+    agent = build(name, EVERYTHING, PUSH)
+    kernels = {key: x for key, x in agent.named_parameters() if x.dim() > 1}
+    zero = {key for key, kernel in kernels.items() if not kernel.any()}
+    two_hot = name not in ("v1", "v2", "pro")
+    heads = ("reward", "critic", "slow_critic") if two_hot else ()
+    assert zero == {f"{head}.out.weight" for head in heads}
+    largest = kernels["actor.out.weight"].abs().max().item()
+    # V3 begins with nearly uniform actions; 8 units in, cut at two deviations.
+    small = 0.01 * 2 * 1.1368 / 8**0.5
+    assert 0.1 * small < largest <= small if two_hot and name != "v3-2023" else largest > 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in AGENTS if name != "v1"])
+def test_the_slow_critic_starts_as_a_copy_of_the_critic(name: str) -> None:
+    agent: Any = build(name)
+    fast, slow = agent.critic.state_dict(), agent.slow_critic.state_dict()
+    assert fast.keys() == slow.keys() and all(torch.equal(fast[key], slow[key]) for key in fast)
+    assert not any(param.requires_grad for param in agent.slow_critic.parameters())
+    with torch.no_grad():
+        agent.critic.out.bias.add_(1.0)
+    assert not torch.equal(agent.critic.out.bias, agent.slow_critic.out.bias), "they share memory"
+
+
+# What an update counts or averages makes a difference to the fourth one.
+COUNTED: dict[str, dict[str, Any]] = {
+    "v2": {"slow_every": 5},
+    "v3-2023": {"return_rate": 0.5, "return_limit": 0.01},
+    "v3": {"behaviour.return_rate": 0.5, "behaviour.return_limit": 0.01},
+    "pro": {"slow_every": 5, "prototypes.freeze": 3},
+    "pro-v3": {"behaviour.return_rate": 0.5, "prototypes.freeze": 3},
+}
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_checkpoint_holds_everything_that_the_next_update_needs(name: str) -> None:
+    left = build(name, EVERYTHING, ACTIONS, **COUNTED.get(name, {}))
+    batch = batch_of(left)
     for _ in range(3):
         left.update(batch)
+    right = make_agent(left.config, EVERYTHING, ACTIONS)
     right.load_state_dict(left.state_dict())
+    found = []
     for agent in (left, right):
         torch.manual_seed(4)
-        agent.update(batch)
-    for (name, a), b in zip(left.state_dict().items(), right.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+        found.append(agent.update(batch)[0] | agent.state_dict())
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
 
 
 def test_the_checkpoint_names_parameters_slow_critic_optimiser_and_normaliser() -> None:
