@@ -11,6 +11,14 @@ from torch import Tensor, nn
 from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
 from dreamer.batch import Batch
 from dreamer.decoder import SQUARED_LINEAR
+from dreamer.earlier import (
+    AdamsConfig,
+    ProConfig,
+    PrototypesConfig,
+    V1Config,
+    V2Config,
+    V3Of2023Config,
+)
 from dreamer.policy import Policy
 from dreamer.presets import AGENTS, agent_config, with_fields
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace
@@ -323,6 +331,52 @@ def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
     rollout = agent.observe(batch)
     (grad,) = torch.autograd.grad(rollout.states.deter[:, 0].sum(), agent.rssm.first_deter)
     assert grad.any()
+
+
+def test_the_defaults_of_earlier_agents_are_those_of_their_publications() -> None:
+    v1, v2, v3, pro = V1Config(), V2Config(), V3Of2023Config(), ProConfig()
+    v1_adam = AdamsConfig(
+        model_lr=6e-4, actor_lr=8e-5, critic_lr=8e-5, eps=1e-7, behaviour_eps=1e-7,
+        model_clip=100.0, behaviour_clip=100.0, decay=0.0,
+    )  # fmt: skip
+    v2_adam = replace(v1_adam, eps=1e-5, behaviour_eps=1e-5, decay=1e-6)
+    assert v1.optim == v1_adam
+    assert v2.optim == replace(v2_adam, model_lr=1e-4, critic_lr=2e-4)
+    assert pro.optim == replace(v2_adam, model_lr=3e-4)
+    assert v3.optim == replace(
+        v1_adam, model_lr=1e-4, actor_lr=3e-5, critic_lr=3e-5, eps=1e-8, behaviour_eps=1e-5,
+        model_clip=1000.0,
+    )  # fmt: skip
+    rules = [config.imagination for config in (v1, v2, v3, pro)]
+    assert [(rule.horizon, rule.lambda_) for rule in rules] == [(15, 0.95)] * 4
+    assert [rule.discount for rule in rules] == [0.99, 0.99, 1 - 1 / 333, 0.99]
+    assert [rule.entropy for rule in rules] == [0.0, 2e-3, 3e-4, 1e-4]
+    assert (v2.imagination.gradient, v2.imagination.mix, v2.kl_balance) == ("auto", 0.1, 0.8)
+    assert (v1.free_nats, v2.free_nats, v3.free_nats, pro.free_nats) == (3.0, 0.0, 1.0, 1.0)
+    assert (v1.cont, v1.cont_scale, v2.cont, v2.cont_scale, pro.cont) == (False, 10, True, 1, False)
+    assert (v2.reward, pro.reward, v2.slow_every, pro.slow_every) == ("tanh", "identity", 100, 100)
+    assert (v3.slow_rate, v3.slow_regulariser, v3.continuation) == (0.02, 1.0, "mode")
+    assert (v3.return_rate, v3.return_low, v3.return_high, v3.return_limit) == (0.01, 0.05, 0.95, 1)
+    assert pro.prototypes == PrototypesConfig(
+        count=2500, size=32, temperature=0.1, eps=0.0125, iterations=3, freeze=10_000,
+        ema_rate=0.05, norm_scale=0.0, shift=3.0, whole_pixels=False, rollout="augmented",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "deviation"),
+    [
+        ("v1", "v1_actor_std@0"),
+        ("v2", "v2_truncnormal_std@0"),
+        ("v3-2023", "v3_bounded_normal_std@0"),
+        ("pro", "dreamerpro_tanhnormal_std@0"),
+    ],
+)
+def test_a_policy_without_opinion_has_the_published_deviation(name: str, deviation: str) -> None:
+    agent: Any = build(name, VECTOR, PUSH)
+    nn.init.zeros_(agent.actor.out.weight)
+    policy = agent.actor(agent.rssm.initial(1).feature())
+    close(policy.parts[0].std, [[golden("std_parametrisations")[1][deviation]]], rtol=1e-5)
 
 
 def test_agents_are_evaluated_as_their_publications_do() -> None:
