@@ -30,21 +30,31 @@ def layer_style(config: V2Config) -> Style:
     return LAYER_ELU if config.layer_norm else PLAIN_ELU
 
 
-def centred_encoder(space: ObsSpace, world: WorldConfig, style: Style) -> Encoder:
-    """Return the encoder of DreamerV1 and V2, with valid padding; vectors enter as they are."""
+def centred_encoder(
+    space: ObsSpace, world: WorldConfig, style: Style, images: Style | None = None
+) -> Encoder:
+    """Return the encoder of DreamerV1 and V2, with valid padding; vectors enter as they are.
+
+    Convolutions are built as ``images`` says, or like all other layers.
+    """
 
     def tower(key: str, size: int, channels: int) -> nn.Module:
-        return valid_encoder(size, channels, world.depth, style)
+        return valid_encoder(size, channels, world.depth, images or style)
 
     layers, units = world.vector_layers, world.vector_units
     return Encoder(space, tower, layers, units, style=style, transform=lambda x: x)
 
 
-def centred_decoder(space: ObsSpace, world: WorldConfig, inputs: int, style: Style) -> Decoder:
-    """Return the decoder of DreamerV1 and V2: unit normals around centred images and vectors."""
+def centred_decoder(
+    space: ObsSpace, world: WorldConfig, inputs: int, style: Style, images: Style | None = None
+) -> Decoder:
+    """Return the decoder of DreamerV1 and V2: unit normals around centred images and vectors.
+
+    Convolutions are built as ``images`` says, or like all other layers.
+    """
 
     def tower(key: str, size: int, channels: int) -> nn.Module:
-        return valid_decoder(size, channels, inputs, world.depth, style)
+        return valid_decoder(size, channels, inputs, world.depth, images or style)
 
     layers, units = world.vector_layers, world.vector_units
     return Decoder(space, inputs, tower, layers, units, style=style, likelihood=UNIT_NORMAL)

@@ -216,6 +216,8 @@ LAYER_SILU = Style(LayerNorm, F.silu, False, fan_average_normal_, glorot_uniform
 """DreamerV3, January 2023."""
 PLAIN_ELU = Style(NoNorm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV1, DreamerV2, DreamerPro."""
+PLAIN_RELU = PLAIN_ELU._replace(act=F.relu)
+"""The convolutions of DreamerV1, whose other layers have ELU."""
 LAYER_ELU = Style(LayerNorm, F.elu, True, glorot_uniform_, glorot_uniform_)
 """DreamerV2 on Crafter."""
 

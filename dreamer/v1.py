@@ -18,7 +18,7 @@ from dreamer.dists import TanhNormal
 from dreamer.earlier import V1Config
 from dreamer.heads import BernoulliHead, GaussHead
 from dreamer.latent import GaussianLatent, softplus_std
-from dreamer.nets import PLAIN_ELU
+from dreamer.nets import PLAIN_ELU, PLAIN_RELU
 from dreamer.optim import Adam
 from dreamer.rssm import RSSM, State
 from dreamer.spaces import ActionSpace, ObsSpace
@@ -38,7 +38,7 @@ class DreamerV1(Agent):
         super().__init__(config, obs_space, action_space)
         self.encoder, self.rssm, self.actor = self.policy_parts(config, obs_space, action_space)
         feature, heads = config.world.deter + config.world.stoch, config.heads
-        self.decoder = centred_decoder(obs_space, config.world, feature, PLAIN_ELU)
+        self.decoder = centred_decoder(obs_space, config.world, feature, PLAIN_ELU, PLAIN_RELU)
         self.reward = GaussHead(feature, heads.reward_layers, heads.units, PLAIN_ELU)
         self.cont = (
             BernoulliHead(feature, heads.cont_layers, heads.units, style=PLAIN_ELU)
@@ -61,7 +61,8 @@ class DreamerV1(Agent):
     ) -> PolicyParts:
         """Return the encoder, RSSM and actor with fresh parameters."""
         assert isinstance(config, V1Config), config
-        encoder, world = centred_encoder(obs_space, config.world, PLAIN_ELU), config.world
+        world = config.world
+        encoder = centred_encoder(obs_space, world, PLAIN_ELU, PLAIN_RELU)
         latent = GaussianLatent(world.stoch, softplus_std)
         action = ActionCodec(action_space).size
         core = KerasGRU(world.deter, world.stoch, action, world.hidden)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
@@ -331,6 +332,14 @@ def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
     rollout = agent.observe(batch)
     (grad,) = torch.autograd.grad(rollout.states.deter[:, 0].sum(), agent.rssm.first_deter)
     assert grad.any()
+
+
+@pytest.mark.parametrize(("name", "act"), [("v1", F.relu), ("v2", F.elu), ("pro", F.elu)])
+def test_only_the_convolutions_of_v1_have_relu(name: str, act: Any) -> None:
+    modules = build(name, PIXELS | VECTOR).named_modules()
+    acts = {key: module.act for key, module in modules if hasattr(module, "act")}
+    assert {found for key, found in acts.items() if ".towers." in key} == {act}
+    assert {found for key, found in acts.items() if ".towers." not in key} == {F.elu}
 
 
 def test_the_defaults_of_earlier_agents_are_those_of_their_publications() -> None:
