@@ -414,6 +414,14 @@ local function endpoints(keys)
   return found
 end
 
+-- KEYS payloads. Returns their sizes in bytes, 0 where there is none. One reply for all: to a client
+-- the reply of a command costs more than the measuring.
+local function sizes(keys)
+  local found = {}
+  for i, key in ipairs(keys) do found[i] = redis.call('STRLEN', key) end
+  return found
+end
+
 -- KEYS meta. Writes nothing: the server refuses to call it whenever it would refuse an insert,
 -- because it has no memory or disk left, or is a replica.
 local function admits(keys)
@@ -432,4 +440,5 @@ redis.register_function{function_name='replay_settle', callback=settle, flags={'
 redis.register_function{function_name='replay_evict', callback=shrink, flags={'allow-oom'}}
 redis.register_function{function_name='replay_register', callback=register, flags={'allow-oom'}}
 redis.register_function{function_name='replay_endpoints', callback=endpoints, flags={'no-writes'}}
+redis.register_function{function_name='replay_sizes', callback=sizes, flags={'no-writes'}}
 redis.register_function{function_name='replay_stats', callback=stats, flags={'no-writes'}}

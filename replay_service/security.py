@@ -55,7 +55,7 @@ ROLES: dict[RoleName, Role] = {
     ),
     "reader": Role(
         purpose="follows the log and trains offline from it",
-        functions=("stats",),
+        functions=("stats", "sizes"),
         commands="info multi exec",
         on_keys={
             "%R~{rp*}:meta": "hget hgetall",
@@ -74,6 +74,7 @@ ROLES: dict[RoleName, Role] = {
             "register",
             "restore",
             "restored",
+            "sizes",
         ),
         commands="info time function|list function|load multi exec",
         on_keys={
