@@ -14,7 +14,15 @@ import tyro
 
 from deploy.config import ConfigError
 from deploy.progress import console
-from replay_service.security import ACL_FILE, CA_FILE, ROLES, password_file, render_acl
+from replay_service.errors import ReplayConfigError
+from replay_service.security import (
+    ACL_FILE,
+    CA_FILE,
+    ROLES,
+    password_file,
+    read_password,
+    render_acl,
+)
 
 PASSWORD_BYTES = 32
 CA_DAYS = 3650
@@ -36,10 +44,15 @@ class SecretsOptions:
     """Days for which the server's certificate is valid; that of the CA is for ten years."""
     rotate: bool = False
     """Replace what is there: every password, the CA and the certificate."""
+    update: bool = False
+    """Keep every password and certificate that is there, add the roles that this release has
+    beside them, and write what each role may do anew."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.days <= CA_DAYS:
             raise ConfigError(f"--days is {self.days}, expected 1 to {CA_DAYS}")
+        if self.rotate and self.update:
+            raise ConfigError("--rotate replaces what --update keeps: give one of them")
         wrong = [host for host in self.hosts if not host or "/" in host or ":/" in host]
         if wrong:
             raise ConfigError(
@@ -52,9 +65,12 @@ def make_secrets(options: SecretsOptions) -> int:
     """Write the files and say how to use them. Returns 0.
 
     Raises:
-        ConfigError: there are secrets already (without --rotate), or they cannot be written.
+        ConfigError: there are secrets already (without --rotate or --update) or none (with
+            --update), or they cannot be read or written.
     """
     directory = options.directory
+    if options.update:
+        return _update(directory)
     passwords = {role: secrets.token_urlsafe(PASSWORD_BYTES) for role in ROLES}
     files = {password_file(directory, role).name: f"{passwords[role]}\n" for role in ROLES}
     files[ACL_FILE] = render_acl(passwords)
@@ -64,8 +80,9 @@ def make_secrets(options: SecretsOptions) -> int:
         there = sorted(name for name in files if (directory / name).exists())
         if there and not options.rotate:
             raise ConfigError(
-                f"{directory} already holds {', '.join(there)}: add --rotate to replace all of "
-                "them, and restart every process that uses them"
+                f"{directory} already holds {', '.join(there)}: add --update to keep them and add "
+                "what a newer release needs, or --rotate to replace all of them, and restart every "
+                "process that uses them"
             )
         for name, text in files.items():
             _write(directory / name, text, PUBLIC.get(name, 0o600))
@@ -82,6 +99,34 @@ def make_secrets(options: SecretsOptions) -> int:
         f"tls-key-file, tls-ca-cert-file); {CA_FILE} alone for everybody else\n"
         f"{directory / 'ca.key'}: signs further certificates; keep it where no server is\n"
         f"To use them: --replay.secrets {directory}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _update(directory: Path) -> int:
+    """Add the roles that are missing, write the ACL file anew, and say what changed. Returns 0."""
+    there = [role for role in ROLES if password_file(directory, role).exists()]
+    if not there:
+        raise ConfigError(f"{directory} holds no passwords to keep: leave out --update")
+    try:
+        passwords = {role: read_password(password_file(directory, role)) for role in there}
+    except ReplayConfigError as error:
+        raise ConfigError(str(error)) from error
+    added = [role for role in ROLES if role not in there]
+    passwords |= {role: secrets.token_urlsafe(PASSWORD_BYTES) for role in added}
+    try:
+        for role in added:
+            _write(password_file(directory, role), f"{passwords[role]}\n", 0o600)
+        _write(directory / ACL_FILE, render_acl(passwords), 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot write secrets to {directory}: {error}") from error
+    names = ", ".join(f"{password_file(directory, role).name}" for role in added)
+    console().print(
+        f"{directory}: added {names or 'no role'}; {ACL_FILE} says anew what each role may do. "
+        "Restart the server, or send it ACL LOAD",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -35,13 +36,46 @@ def test_secrets_are_never_overwritten_unless_asked(tmp_path: Path) -> None:
     options = SecretsOptions(directory=tmp_path)
     make_secrets(options)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ConfigError, match="already holds .*users.acl: add --rotate"):
+    with pytest.raises(ConfigError, match=r"already holds .*users\.acl: add --update .*--rotate"):
         make_secrets(options)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     make_secrets(replace(options, rotate=True))
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert after.keys() == before.keys()
     assert not [name for name in after if after[name] == before[name]]
+
+
+def test_update_adds_what_a_newer_release_has_and_touches_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_secrets(SecretsOptions(directory=tmp_path))
+    password_file(tmp_path, "reader").unlink()
+    acl = tmp_path / "users.acl"
+    whole = acl.read_text().splitlines()
+    older = [line for line in whole if not line.startswith("user reader ")]
+    acl.write_text("\n".join(older).replace("+fcall|replay_stats ", "") + "\n")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert main(["secrets", str(tmp_path), "--update"]) == 0
+    assert "added reader.password; users.acl" in capsys.readouterr().out.replace("\n", " ")
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"reader.password", "users.acl"}
+    assert (tmp_path / "reader.password").stat().st_mode & 0o777 == 0o600
+
+    def others(lines: list[str]) -> set[str]:
+        return {line for line in lines if not line.startswith("user reader ")}
+
+    lines = acl.read_text().splitlines()
+    assert others(lines) == others(whole) and len(lines) == len(whole)
+    word = read_password(password_file(tmp_path, "reader"))
+    assert hashlib.sha256(word.encode()).hexdigest() in acl.read_text()
+
+
+def test_update_of_an_empty_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no passwords to keep: leave out --update"):
+        make_secrets(SecretsOptions(directory=tmp_path, update=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_certificate_names_the_hosts_and_was_signed_by_the_ca(tmp_path: Path) -> None:
@@ -63,6 +97,7 @@ def test_certificate_names_the_hosts_and_was_signed_by_the_ca(tmp_path: Path) ->
     [
         ("secrets", "DIR"),
         ("secrets x --days 0", "--days is 0, expected 1 to 3650"),
+        ("secrets x --rotate --update", "--rotate replaces what --update keeps"),
         ("secrets x --hosts redis://a:1", "--hosts takes names and addresses"),
     ],
 )
