@@ -34,7 +34,7 @@ class Latent(Protocol):
         """Draw z (…, *shape) with gradient, from random numbers of `noise` where they are given."""
 
     def mode(self, stats: Tensor) -> Tensor:
-        """Return the most likely z (…, *shape), with gradient."""
+        """Return the most likely z (…, *shape), with gradient only where it moves smoothly."""
 
     def kl(self, post: Tensor, prior: Tensor) -> Tensor:
         """Return KL(post‖prior) in nats from statistics: (…, P) each → (…)."""
@@ -138,9 +138,8 @@ class OneHotLatent:
         return ops.straight_through(onehot, probs) if probs.requires_grad else onehot
 
     def mode(self, stats: Tensor) -> Tensor:
-        """Return the likeliest classes (…, S, K) with the gradient of the probabilities."""
-        probs = self.log_probs(stats).exp()
-        return ops.straight_through(ops.onehot(probs.argmax(-1), self.classes), probs)
+        """Return the likeliest classes (…, S, K), without gradient: only samples have one."""
+        return ops.onehot(torch.unflatten(stats, -1, self.shape).argmax(-1), self.classes)
 
     def kl(self, post: Tensor, prior: Tensor) -> Tensor:
         """Return KL(post‖prior) in nats from statistics: (…, S·K) each → (…)."""

@@ -200,7 +200,11 @@ class RSSM(nn.Module):
 
 
 class LearnedStartRSSM(RSSM):
-    """RSSM whose episodes start from h₀ = tanh(w) and the prior's mode (DreamerV3, 2023)."""
+    """RSSM whose episodes start from h₀ = tanh(w) and the prior's mode (DreamerV3, 2023).
+
+    As in the official code the mode of categoricals has no gradient: where episodes start, as
+    anywhere else, nothing but the dynamics loss moves the prior.
+    """
 
     def __init__(
         self,
@@ -216,6 +220,6 @@ class LearnedStartRSSM(RSSM):
         self.first_deter = nn.Parameter(torch.zeros(core.deter))
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Return the learned start, with gradient."""
+        """Return the learned start, with gradient in h₀."""
         deter = torch.tanh(self.first_deter)
         return deter, self.latent.mode(self.prior(deter[None])).flatten()

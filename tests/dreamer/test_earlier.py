@@ -330,8 +330,15 @@ def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
     start = agent.rssm.start()
     close(start[0], torch.full((16,), 0.7).tanh())
     rollout = agent.observe(batch)
-    (grad,) = torch.autograd.grad(rollout.states.deter[:, 0].sum(), agent.rssm.first_deter)
+    (grad,) = torch.autograd.grad(
+        rollout.states.deter[:, 0].sum(), agent.rssm.first_deter, retain_graph=True
+    )
     assert grad.any()
+    # z₀ is the prior's mode, but the prior learns nothing from what begins there.
+    through = torch.autograd.grad(
+        rollout.states.feature().sum(), list(agent.rssm.prior_net.parameters()), allow_unused=True
+    )
+    assert all(grad is None for grad in through)
 
 
 @pytest.mark.parametrize(("name", "act"), [("v1", F.relu), ("v2", F.elu), ("pro", F.elu)])

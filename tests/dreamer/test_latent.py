@@ -106,9 +106,8 @@ def test_gaussian_samples_are_stored_as_they_are() -> None:
     assert torch.equal(latent.from_record(latent.to_record(sample)), sample)
 
 
-def test_the_mode_of_a_categorical_latent_is_its_likeliest_class_with_gradient() -> None:
+def test_the_mode_of_a_categorical_latent_is_its_likeliest_class_without_gradient() -> None:
     stats = torch.tensor([[0.0, 3.0, 1.0, 2.0, 0.0, -1.0]], requires_grad=True)
     mode = OneHotLatent(2, 3, 0.01).mode(stats)
     close(mode, [[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]], atol=1e-7)
-    (grad,) = torch.autograd.grad(mode[0, 0, 1], stats)
-    assert grad[0, 1] > 0
+    assert not mode.requires_grad
