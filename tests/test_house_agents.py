@@ -10,8 +10,7 @@ import torch
 
 from dreamer.agent import make_agent
 from dreamer.presets import AGENTS, agent_config
-from tests.dreamer.cases import TURN, VECTOR
-from tests.dreamer.test_earlier import batch_of
+from tests.dreamer.cases import TURN, VECTOR, batch_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "agents.md").read_text()

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dreamer.agent import make_agent
+from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
 from dreamer.batch import Batch
 from dreamer.config import V3Config
-from dreamer.presets import agent_config
+from dreamer.presets import agent_config, with_fields
 from dreamer.rssm import State
 from dreamer.spaces import (
     ActionSpace,
@@ -44,6 +44,7 @@ ACTIONS: ActionSpace = {
     "action.bits": MultiBinaryAction(size=2),
 }
 VECTOR: ObsSpace = {"vector": VectorSpec(shape=(3,))}
+PIXELS: ObsSpace = {"image": ImageSpec(shape=(64, 64, 3))}
 PUSH: ActionSpace = {"action": BoxAction(low=(-1.0,), high=(1.0,))}
 TURN: ActionSpace = {"action": DiscreteAction(classes=3)}
 
@@ -122,3 +123,35 @@ def random_batch(agent: DreamerV3, size: int = 2, length: int = 5, seed: int = 0
         is_terminal=flags[2],
         initial=State(torch.rand(size, rssm.deter, generator=draw) - 0.5, stoch),
     )
+
+
+def build(name: str, obs: ObsSpace = VECTOR, actions: ActionSpace = TURN, **values: Any) -> Agent:
+    """Return a seeded agent of the debug size with some dotted fields replaced."""
+    torch.manual_seed(0)
+    return make_agent(with_fields(agent_config(name, "debug"), values), obs, actions)
+
+
+def batch_of(agent: Agent, size: int = 2, length: int = 6, seed: int = 0) -> Batch:
+    """Return a batch of windows that begin with an episode; one of them has an end inside."""
+    draw = torch.Generator().manual_seed(seed)
+    arrays = random_obs(agent.obs_space, (size, length), seed)
+    first, last, terminal = torch.zeros(3, size, length, dtype=torch.bool)
+    first[:, 0] = first[0, 3] = last[0, 2] = terminal[0, 2] = True
+    return Batch(
+        obs={key: torch.from_numpy(value) for key, value in arrays.items()},
+        prev_action=torch.rand(size, length, agent.codec.size, generator=draw),
+        reward=torch.randn(size, length, generator=draw),
+        is_first=first,
+        is_last=last,
+        is_terminal=terminal,
+        initial=agent.rssm.initial(size),
+    )
+
+
+def losses_of(agent: Agent, batch: Batch) -> tuple[Losses, Rollout, Trajectory]:
+    """Return all losses of an update, seeded, and what they were computed from."""
+    torch.manual_seed(1)
+    rollout = agent.observe(batch)
+    losses, _ = agent.model_losses(batch, rollout)
+    trajectory = agent.imagine(rollout)
+    return losses | agent.behaviour_losses(batch, rollout, trajectory)[0], rollout, trajectory

@@ -10,14 +10,16 @@ from dreamer.spaces import ImageSpec
 from tests.dreamer.cases import (
     ACTIONS,
     OBS,
+    PIXELS,
     PUSH,
     TURN,
     VECTOR,
+    batch_of,
+    build,
     debug_agent,
     debug_config,
     random_batch,
 )
-from tests.dreamer.test_earlier import PIXELS, batch_of, build
 
 # What every agent takes.
 EVERYTHING = PIXELS | {key: OBS[key] for key in ("vector", "mode")}

@@ -1,4 +1,4 @@
-"""The agents that contrast states with embeddings: losses by plain loops, and where they lead."""
+"""The agents that contrast states with embeddings: losses by plain loops."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from dreamer import ops
-from tests.dreamer.cases import PUSH, VECTOR, close, tensor
-from tests.dreamer.test_earlier import batch_of, build
+from tests.dreamer.cases import batch_of, build, close, tensor
 
 NAMES = ("r2", "infonce")
 
@@ -56,38 +55,6 @@ def test_info_nce_by_loops() -> None:
         want.append(math.log(sum(math.exp(score) for score in scores)) - scores[n])
     logits = ops.pair_logits(tensor(predicted), tensor(target))
     close(ops.info_nce(logits), want)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_embedding_is_a_target_and_the_encoder_learns_through_the_posterior(name: str) -> None:
-    agent: Any = build(name, VECTOR, PUSH)
-    batch = batch_of(agent)
-    rollout = agent.observe(batch)
-    losses, _ = agent.representation_losses(batch, rollout)
-    (loss,) = losses.values()
-    params = dict(agent.named_parameters())
-    trained = {k: p for k, p in params.items() if p.requires_grad}
-    grads = torch.autograd.grad(
-        loss.sum(), [*trained.values(), rollout.embed], retain_graph=True, allow_unused=True
-    )
-    moved = {k.split(".")[0] for k, g in zip(trained, grads[:-1], strict=True) if g is not None}
-    assert moved == {"encoder", "rssm", "projection"}
-    # All that reaches the embedding comes back through the states.
-    through = torch.autograd.grad(
-        rollout.states.feature(), rollout.embed, _gradient_of_states(agent, rollout)
-    )[0]
-    close(grads[-1], through, rtol=1e-4, atol=1e-7)
-
-
-def _gradient_of_states(agent: Any, rollout: Any) -> Tensor:
-    feature = rollout.states.feature().detach().requires_grad_()
-    predicted = agent.projection(feature).flatten(0, 1)
-    target = rollout.embed.detach().flatten(0, 1)
-    if "barlow" in agent.objective_names:
-        loss = ops.barlow_twins(predicted, target, agent.config.redundancy)
-    else:
-        loss = ops.info_nce(ops.pair_logits(predicted, target)).sum()
-    return torch.autograd.grad(loss, feature)[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,4 @@
-"""DreamerV1, V2, V3 of 2023 and Pro: counts, routing of gradients, what is their own."""
+"""DreamerV1, V2, V3 of 2023 and Pro: counts, and what is their own."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from dreamer.agent import Agent, Losses, Rollout, Trajectory, make_agent
-from dreamer.batch import Batch
+from dreamer.agent import Agent, make_agent
 from dreamer.decoder import SQUARED_LINEAR
 from dreamer.earlier import (
     AdamsConfig,
@@ -21,52 +20,24 @@ from dreamer.earlier import (
     V3Of2023Config,
 )
 from dreamer.policy import Policy
-from dreamer.presets import AGENTS, agent_config, with_fields
+from dreamer.presets import AGENTS, agent_config
 from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace
 from dreamer.weights import pack
-from tests.dreamer.cases import ACTIONS, PUSH, TURN, VECTOR, close, golden, random_obs
+from tests.dreamer.cases import (
+    ACTIONS,
+    PIXELS,
+    PUSH,
+    TURN,
+    VECTOR,
+    batch_of,
+    build,
+    close,
+    golden,
+    losses_of,
+    random_obs,
+)
 
 EARLIER = [name for name in AGENTS if name != "v3"]
-PIXELS: ObsSpace = {"image": ImageSpec(shape=(64, 64, 3))}
-MODEL = {"encoder", "rssm", "decoder", "reward", "cont", "prototypes"}
-
-
-def build(name: str, obs: ObsSpace = VECTOR, actions: ActionSpace = TURN, **values: Any) -> Agent:
-    torch.manual_seed(0)
-    return make_agent(with_fields(agent_config(name, "debug"), values), obs, actions)
-
-
-def batch_of(agent: Agent, size: int = 2, length: int = 6, seed: int = 0) -> Batch:
-    draw = torch.Generator().manual_seed(seed)
-    arrays = random_obs(agent.obs_space, (size, length), seed)
-    first, last, terminal = torch.zeros(3, size, length, dtype=torch.bool)
-    first[:, 0] = first[0, 3] = last[0, 2] = terminal[0, 2] = True
-    return Batch(
-        obs={key: torch.from_numpy(value) for key, value in arrays.items()},
-        prev_action=torch.rand(size, length, agent.codec.size, generator=draw),
-        reward=torch.randn(size, length, generator=draw),
-        is_first=first,
-        is_last=last,
-        is_terminal=terminal,
-        initial=agent.rssm.initial(size),
-    )
-
-
-def losses_of(agent: Agent, batch: Batch) -> tuple[Losses, Rollout, Trajectory]:
-    torch.manual_seed(1)
-    rollout = agent.observe(batch)
-    losses, _ = agent.model_losses(batch, rollout)
-    trajectory = agent.imagine(rollout)
-    return losses | agent.behaviour_losses(batch, rollout, trajectory)[0], rollout, trajectory
-
-
-def moved_by(agent: Agent, loss: Tensor) -> set[str]:
-    """Return the parts that the loss has a gradient for."""
-    names = [name for name, param in agent.named_parameters() if param.requires_grad]
-    params = [param for param in agent.parameters() if param.requires_grad]
-    grads = torch.autograd.grad(loss.mean(), params, allow_unused=True, retain_graph=True)
-    pairs = zip(names, grads, strict=True)
-    return {name.split(".")[0] for name, grad in pairs if grad is not None and grad.any()}
 
 
 def count(module: nn.Module) -> int:
@@ -208,21 +179,6 @@ def test_updates_stay_finite_under_extreme_data(name: str, size: str) -> None:
     assert all(torch.isfinite(param).all() for param in agent.parameters())
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "v3-2023", "pro"])
-@pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
-def test_each_optimiser_moves_its_own_parts(name: str, actions: ActionSpace) -> None:
-    agent = build(name, VECTOR, actions)
-    by_name = {group.name: group for group in agent.groups()}
-    assert set(by_name) == {"model", "actor", "critic"}
-    owners = {id(p): part.split(".")[0] for part, p in agent.named_parameters()}
-    assert {owners[id(p)] for p in by_name["actor"].params} == {"actor"}
-    assert {owners[id(p)] for p in by_name["critic"].params} == {"critic"}
-    model = {owners[id(p)] for p in by_name["model"].params}
-    assert {"encoder", "rssm", "reward"} <= model <= MODEL
-    trained = [param for param in agent.parameters() if param.requires_grad]
-    assert len(trained) == sum(len(group.params) for group in by_name.values())
-
-
 @pytest.mark.parametrize("name", AGENTS)
 def test_every_trained_module_reports_the_norm_of_its_gradient(name: str) -> None:
     agent = build(name)
@@ -237,42 +193,6 @@ def test_every_trained_module_reports_the_norm_of_its_gradient(name: str) -> Non
         close(torch.stack([norms[key] for key in sorted(inside)]).norm(), whole, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["v1", "v2", "v3-2023", "pro"])
-@pytest.mark.parametrize("actions", [TURN, PUSH], ids=["discrete", "box"])
-def test_gradients_reach_what_the_paper_says(name: str, actions: ActionSpace) -> None:
-    agent = build(name, VECTOR, actions)
-    for module in (agent.reward, agent.critic):  # type: ignore[union-attr]
-        nn.init.normal_(module.out.weight, std=0.3)  # type: ignore[union-attr, arg-type]
-    losses, _, _ = losses_of(agent, batch_of(agent))
-    assert moved_by(agent, losses["value"]) == {"critic"}
-    policy = moved_by(agent, losses["policy"])
-    if agent.differentiable:
-        # The gradient comes through dynamics and heads; only the actor's own is used.
-        assert {"actor", "rssm", "reward"} <= policy and "encoder" not in policy
-    else:
-        assert policy == {"actor"}
-    assert moved_by(agent, losses["rew"]) == {"encoder", "rssm", "reward"}
-
-
-@pytest.mark.parametrize("name", ["v2", "v3-2023", "pro", "pro-v3"])
-def test_dyn_trains_the_prior_and_rep_the_posterior(name: str) -> None:
-    agent = build(name, VECTOR, TURN, free_nats=0.0)
-    batch = batch_of(agent)
-    rollout = agent.observe(batch)
-    losses, _ = agent.model_losses(batch, rollout)
-    latent = agent.rssm.latent
-    close(losses["dyn"].mean(), latent.kl(rollout.post, rollout.prior).mean(), rtol=1e-5)
-
-    def gradient(loss: str, of: Tensor) -> Tensor | None:
-        first = losses[loss].reshape(-1)[0]
-        return torch.autograd.grad(first, of, retain_graph=True, allow_unused=True)[0]
-
-    assert gradient("rep", rollout.prior) is None
-    posterior, prior = gradient("rep", rollout.post), gradient("dyn", rollout.prior)
-    assert posterior is not None and posterior.any()
-    assert prior is not None and prior.any()
-
-
 @pytest.mark.parametrize("name", ["v1", "v2", "v3-2023"])
 def test_reconstruction_weighs_what_it_is_told_and_nothing_else_changes(name: str) -> None:
     found = []
@@ -285,12 +205,7 @@ def test_reconstruction_weighs_what_it_is_told_and_nothing_else_changes(name: st
     close(heavy["grad_norm/reward"], light["grad_norm/reward"], rtol=1e-3)
 
 
-def test_one_kl_trains_both_in_v1_and_stops_below_its_free_nats() -> None:
-    agent = build("v1", free_nats=0.0)
-    losses, rollout, _ = losses_of(agent, batch_of(agent))
-    for stats in (rollout.prior, rollout.post):
-        (grad,) = torch.autograd.grad(losses["kl"], stats, retain_graph=True)
-        assert grad.any()
+def test_the_kl_of_v1_stops_below_its_free_nats() -> None:
     agent = build("v1", free_nats=1000.0)
     losses, rollout, _ = losses_of(agent, batch_of(agent))
     assert losses["kl"] == 1000.0
@@ -330,15 +245,8 @@ def test_v3_of_2023_starts_episodes_from_a_learned_state() -> None:
     start = agent.rssm.start()
     close(start[0], torch.full((16,), 0.7).tanh())
     rollout = agent.observe(batch)
-    (grad,) = torch.autograd.grad(
-        rollout.states.deter[:, 0].sum(), agent.rssm.first_deter, retain_graph=True
-    )
+    (grad,) = torch.autograd.grad(rollout.states.deter[:, 0].sum(), agent.rssm.first_deter)
     assert grad.any()
-    # z₀ is the prior's mode, but the prior learns nothing from what begins there.
-    through = torch.autograd.grad(
-        rollout.states.feature().sum(), list(agent.rssm.prior_net.parameters()), allow_unused=True
-    )
-    assert all(grad is None for grad in through)
 
 
 @pytest.mark.parametrize(("name", "act"), [("v1", F.relu), ("v2", F.elu), ("pro", F.elu)])

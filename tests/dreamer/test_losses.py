@@ -18,8 +18,7 @@ from dreamer.agent import Rollout, Trajectory
 from dreamer.batch import Batch
 from dreamer.presets import AGENTS, with_fields
 from dreamer.spaces import ActionSpace, DiscreteSpec, ImageSpec, ObsSpace
-from tests.dreamer.cases import PUSH, TURN, VECTOR, close
-from tests.dreamer.test_earlier import batch_of, build
+from tests.dreamer.cases import PUSH, TURN, VECTOR, batch_of, build, close
 
 SEEN: ObsSpace = {"image": ImageSpec(shape=(64, 64, 3)), "gear": DiscreteSpec(classes=4), **VECTOR}
 HORIZON_333 = 1 - 1 / 333

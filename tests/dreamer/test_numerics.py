@@ -8,8 +8,7 @@ import torch
 from dreamer.agent import Agent
 from dreamer.presets import AGENTS
 from dreamer.spaces import VectorSpec
-from tests.dreamer.cases import TURN
-from tests.dreamer.test_earlier import PIXELS, batch_of, build
+from tests.dreamer.cases import PIXELS, TURN, batch_of, build
 
 BOTH = PIXELS | {"vector": VectorSpec(shape=(3,))}
 

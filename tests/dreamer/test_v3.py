@@ -29,6 +29,7 @@ from tests.dreamer.cases import (
     debug_agent,
     debug_config,
     golden,
+    losses_of,
     random_batch,
     wake_zero_layers,
 )
@@ -46,13 +47,6 @@ PARTS = {
     "val": "critic",
     "pol": "actor",
 }
-
-
-def losses_of(agent: DreamerV3, batch: Batch) -> tuple[Losses, Rollout, Trajectory]:
-    rollout = agent.observe(batch)
-    losses, _ = agent.model_losses(batch, rollout)
-    trajectory = agent.imagine(rollout)
-    return losses | agent.behaviour_losses(batch, rollout, trajectory)[0], rollout, trajectory
 
 
 def parameters(module: nn.Module) -> int:
@@ -109,60 +103,6 @@ def test_every_loss_is_per_step_until_the_mean() -> None:
     assert shapes == model | {"policy": (10, 15), "value": (10, 15), "repval": (2, 4)}
     assert trajectory.actions.shape == (10, 16, agent.codec.size)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
-
-
-# Every loss moves exactly these parts; the prior is where dyn and rep differ.
-ROUTES = {
-    "rec": {"encoder", "core", "posterior", "decoder"},
-    "rew": {"encoder", "core", "posterior", "reward"},
-    "con": {"encoder", "core", "posterior", "cont"},
-    "dyn": {"encoder", "core", "posterior", "prior"},
-    "rep": {"encoder", "core", "posterior"},
-    "policy": {"actor"},
-    "value": {"critic"},
-    "repval": {"encoder", "core", "posterior", "critic"},
-}
-
-
-@pytest.fixture(scope="module")
-def routed() -> dict[str, set[str]]:
-    agent = debug_agent(OBS, ACTIONS, debug_config(free_nats=0.0))
-    wake_zero_layers(agent)
-    parts: dict[str, nn.Module] = {
-        name: getattr(agent, name)
-        for name in ("encoder", "decoder", "reward", "cont", "critic", "slow_critic", "actor")
-    }
-    rssm = agent.rssm
-    parts |= {"core": rssm.core, "posterior": rssm.posterior, "prior": rssm.prior_net}
-    agent.slow_critic.requires_grad_(True)
-    losses, _, _ = losses_of(agent, random_batch(agent))
-    moved: dict[str, set[str]] = {}
-    for name, loss in losses.items():
-        moved[name] = set()
-        for part, module in parts.items():
-            grads = torch.autograd.grad(
-                loss.mean(), list(module.parameters()), retain_graph=True, allow_unused=True
-            )
-            if any(grad is not None and grad.any() for grad in grads):
-                moved[name].add(part)
-    return moved
-
-
-@pytest.mark.parametrize("loss", ROUTES)
-def test_each_loss_moves_the_parts_that_the_paper_says(
-    loss: str, routed: dict[str, set[str]]
-) -> None:
-    assert routed[loss] == ROUTES[loss]
-
-
-def test_dyn_does_not_move_the_posterior_through_the_step_that_it_compares() -> None:
-    agent = debug_agent(config=debug_config(free_nats=0.0))
-    batch = random_batch(agent, length=1)
-    losses, _ = agent.model_losses(batch, agent.observe(batch))
-    grads = torch.autograd.grad(
-        losses["dyn"].mean(), list(agent.rssm.posterior.parameters()), allow_unused=True
-    )
-    assert all(grad is None or not grad.any() for grad in grads)
 
 
 def test_the_slow_critic_starts_as_a_copy_and_follows_without_gradient() -> None:
