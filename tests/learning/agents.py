@@ -39,7 +39,7 @@ _EARLY = {
 _SHALLOW = {"encoder.depth": 8, "encoder.mults": (4, 4)}
 # What each agent changes beyond the widths.
 _OWN: dict[str, dict[str, Any]] = {
-    # With ReLU and two channels it knew nothing of a ball after 1,500 updates.
+    # With two channels it caught no more than chance in 1,500 updates.
     "v1": {"world.depth": 8, "cont": True, "exploration.epsilon": 0.2},
     # Copied every hundred updates, the slow critic would be copied a few times in all.
     "v2": {"world.classes": 8, "slow_every": 20, "optim.actor_lr": 4e-4, "reward": "identity"},
