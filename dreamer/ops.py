@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def symlog(x: Tensor) -> Tensor:
-    """Return sign(x)·ln(1+|x|) (DreamerV3, arXiv:2301.04104, Eq. 1 of v2, Eq. 9 of v1)."""
+    """Return sign(x)·ln(1+|x|) (DreamerV3, arXiv:2301.04104, Eq. 9 of v2, Eq. 2 of v1)."""
     return torch.sign(x) * torch.log1p(torch.abs(x))
 
 
@@ -178,7 +178,7 @@ def lambda_return_next(
     Rₜ = rₜ₊₁ + lₜ₊₁[(1−λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁],  R_last = v_last
     with ``live`` lₜ the discounted probability that the episode goes on at t, and ``lambda_`` a
     number or, where the trace is cut at episode ends, a tensor (N, H).
-    (DreamerV3, arXiv:2301.04104v2, Eq. 7.)
+    (DreamerV3, arXiv:2301.04104v2, Eq. 5.)
     """
     assert reward.shape == value.shape == live.shape and reward.dim() == 2, reward.shape
     trace = lambda_[:, 1:] if isinstance(lambda_, Tensor) else lambda_

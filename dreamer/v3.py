@@ -101,7 +101,7 @@ class DreamerV3(Agent):
         return 1.0 - 1.0 / self.config.behaviour.discount_horizon
 
     def model_losses(self, batch: Batch, rollout: Rollout) -> tuple[Losses, Metrics]:
-        """Return Eq. 2–4: reconstruction, reward, continuation, dynamics and representation."""
+        """Return Eq. 2–3: reconstruction, reward, continuation, dynamics and representation."""
         latent, feature = self.rssm.latent, rollout.states.feature()
         losses, metrics = self.representation_losses(batch, rollout)
         # The discount is inside the continuation: its target is γ or 0.
