@@ -16,7 +16,7 @@ SCALE ?= 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint type test-fast test-faults bench secrets images images-without-docker up down logs rehearse dashboards dashboards-preview clean
+.PHONY: help setup train test lint type test-fast test-faults bench secrets images images-without-docker up down logs rehearse dashboards dashboards-preview links clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ dashboards: $(DEV_STAMP) ## write the Grafana dashboards again from deploy/dashb
 
 dashboards-preview: $(DEV_STAMP) ## draw them from a live Prometheus into dashboards.html (ARGS="--prometheus http://host:9090 --minutes 10")
 	$(BIN)/python -m deploy.preview $(ARGS)
+
+links: $(DEV_STAMP) ## write the line numbers of links from the documentation into code again
+	$(BIN)/python tests/links.py
 
 clean: ## remove the virtual environment and all caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
