@@ -47,6 +47,10 @@ class RSSMConfig:
                 f"got {self.classes}"
             )
 
+    def latent_bytes(self) -> int:
+        """Return the bytes of a state in a replay record: half precision, a byte per group."""
+        return 2 * self.deter + self.stoch
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -273,6 +277,15 @@ class AgentConfig:
                 f"(they start afresh), got {self.context}"
             )
 
+    def latent_bytes(self) -> int:
+        """Return the bytes of the state that a replay record keeps, 0 if it keeps none.
+
+        What a run costs is shown without loading torch, which `dreamer.agent.record_columns` needs.
+        """
+        if self.context:
+            raise NotImplementedError(f"{type(self).__name__} does not say how large a state is")
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class V3Config(AgentConfig):
@@ -312,6 +325,10 @@ class V3Config(AgentConfig):
                 f"rssm.deter must be a multiple of decoder.blocks, got {self.rssm.deter} and "
                 f"{self.decoder.blocks}; try --agent.decoder.blocks {self.rssm.blocks}"
             )
+
+    def latent_bytes(self) -> int:
+        """Return the bytes of the state that a replay record keeps, 0 if it keeps none."""
+        return self.rssm.latent_bytes() if self.context else 0
 
 
 def _check_odd(name: str, value: int, reason: str) -> None:

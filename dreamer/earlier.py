@@ -41,6 +41,10 @@ class WorldConfig:
         if not 0.0 <= self.unimix < 1.0:
             raise ValueError(f"world.unimix is a share in [0, 1), got {self.unimix}")
 
+    def latent_bytes(self) -> int:
+        """Return the bytes of a state in a replay record: a Gaussian latent in full precision."""
+        return 2 * self.deter + (self.stoch if self.classes else 4 * self.stoch)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
@@ -142,6 +146,10 @@ class V1Config(AgentConfig):
     reward: Squash = "identity"
     """Function of the reward that is learned."""
 
+    def latent_bytes(self) -> int:
+        """Return the bytes of the state that a replay record keeps, 0 if it keeps none."""
+        return self.world.latent_bytes() if self.context else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class V2Config(AgentConfig):
@@ -185,6 +193,10 @@ class V2Config(AgentConfig):
     """Function of the reward that is learned."""
     layer_norm: bool = False
     """Whether every layer has a layer norm (as on Crafter), and not only the recurrent core."""
+
+    def latent_bytes(self) -> int:
+        """Return the bytes of the state that a replay record keeps, 0 if it keeps none."""
+        return self.world.latent_bytes() if self.context else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +252,10 @@ class V3Of2023Config(AgentConfig):
     """Smallest divisor of the advantage."""
     actor_unimix: float = 0.01
     """Share of the uniform distribution mixed into discrete actions."""
+
+    def latent_bytes(self) -> int:
+        """Return the bytes of the state that a replay record keeps, 0 if it keeps none."""
+        return self.world.latent_bytes() if self.context else 0
 
 
 @dataclass(frozen=True, kw_only=True)

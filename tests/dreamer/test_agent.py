@@ -1,9 +1,12 @@
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dreamer.agent import POLICY_PARTS, Agent, check_agent, make_agent, record_columns
+from dreamer.config import AgentConfig
 from dreamer.presets import AGENTS, agent_config
 from dreamer.rssm import State
 from dreamer.spaces import ImageSpec
@@ -88,6 +91,24 @@ def test_the_latents_of_an_update_fit_the_columns_of_the_record() -> None:
         dtype, shape = columns[name]
         assert str(latents[name].dtype) == f"torch.{dtype}"
         assert latents[name].shape == (2, 5, *shape)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_configuration_knows_the_bytes_of_the_latent_columns(name: str) -> None:
+    for size in AGENTS[name].sizes:
+        for context in (0, 1):
+            config = replace(agent_config(name, size), context=context)
+            columns = record_columns(config, VECTOR, TURN)
+            latents = [found for found in columns if found[0] in ("deter", "stoch")]
+            assert len(latents) == 2 * context
+            want = sum(np.dtype(kind).itemsize * shape[0] for _, kind, shape in latents)
+            assert config.latent_bytes() == want, size
+
+
+def test_a_configuration_that_stores_latents_must_say_how_large_they_are() -> None:
+    assert AgentConfig(name="fifth").latent_bytes() == 0
+    with pytest.raises(NotImplementedError, match="AgentConfig does not say"):
+        AgentConfig(name="fifth", context=1).latent_bytes()
 
 
 def test_an_agent_without_stored_latents_gives_none_back() -> None:
