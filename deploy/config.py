@@ -48,13 +48,14 @@ class TrainConfig:
 
     preset: str = "v3-cartpole"
     """Named configuration to start from; every other flag changes it. With --env alone it is that
-    of the environment's suite, else v3. One of v3, v3-cartpole, v3-balance, v3-dmc-proprio,
-    v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid;
-    v1-cartpole, v1-balance, v1-dmc-vision, v1-dmc-proprio, v1-atari, v1-crafter, v1-minigrid;
-    v2-cartpole, v2-balance, v2-dmc-vision, v2-dmc-proprio, v2-atari, v2-atari100k, v2-crafter,
-    v2-minigrid; v3-2023-cartpole, v3-2023-balance, v3-2023-dmc-vision, v3-2023-dmc-proprio,
-    v3-2023-atari, v3-2023-atari100k, v3-2023-crafter, v3-2023-minigrid; pro-minigrid,
-    pro-dmc-vision, pro-natural, pro-atari, pro-v3-dmc-vision; r2-dmc-vision,
+    of the environment's suite, else v3. One of v3, v3-cartpole, v3-balance, v3-room,
+    v3-dmc-proprio, v3-dmc-vision, v3-atari, v3-atari100k, v3-crafter, v3-minigrid;
+    v1-cartpole, v1-balance, v1-dmc-vision, v1-dmc-proprio, v1-atari, v1-atari100k, v1-crafter,
+    v1-minigrid; v2-cartpole, v2-balance, v2-room, v2-dmc-vision, v2-dmc-proprio, v2-atari,
+    v2-atari100k, v2-crafter, v2-minigrid; v3-2023-cartpole, v3-2023-balance, v3-2023-dmc-vision,
+    v3-2023-dmc-proprio, v3-2023-atari, v3-2023-atari100k, v3-2023-crafter, v3-2023-minigrid;
+    pro-cartpole, pro-minigrid, pro-doorkey, pro-dmc-vision, pro-dmc-proprio, pro-natural,
+    pro-atari, pro-atari100k, pro-crafter, pro-v3-dmc-vision; r2-dmc-vision,
     infonce-dmc-vision."""
     size: str = "200m"
     """Model size that sets all widths: 1m, 12m, 25m, 50m, 100m, 200m or 400m as published (the name

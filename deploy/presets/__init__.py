@@ -8,11 +8,12 @@ from deploy.config import ConfigError, TrainConfig, nearest, with_values
 from deploy.presets.base import Preset
 from deploy.presets.control import CONTROL_PRESETS
 from deploy.presets.earlier import EARLIER_PRESETS
+from deploy.presets.pro import PRO_PRESETS
+from deploy.presets.times import expected_time, image_side
 from deploy.presets.v3 import SUITE_PRESETS, V3_PRESETS
-from dreamer.config import V3Config
 from dreamer.presets import AGENTS, agent_config, sized
 
-PRESETS: dict[str, Preset] = V3_PRESETS | EARLIER_PRESETS | CONTROL_PRESETS
+PRESETS: dict[str, Preset] = V3_PRESETS | EARLIER_PRESETS | PRO_PRESETS | CONTROL_PRESETS
 
 
 def preset(name: str, size: str | None = None) -> TrainConfig:
@@ -56,25 +57,22 @@ def preset_for(env: str, *, image: bool = False) -> tuple[str, str]:
 
 
 def cost(config: TrainConfig) -> str:
-    """Return in words what a run does and keeps: updates, and the replay at its full size."""
+    """Return in words what a run costs: updates, the replay at its full size, the updates' time."""
     updates = config.train_ratio / (config.learner.batch_size * config.learner.batch_length)
     memory = config.replay.capacity_steps * record_bytes(config) / 2**30
-    return f"{updates:.3g} updates per step, {updates * config.steps:,.0f} in all; " + (
-        f"{memory:,.1f} GiB of replay" if memory >= 0.1 else "less than 0.1 GiB of replay"
+    return "; ".join(
+        (
+            f"{updates:.3g} updates per step, {updates * config.steps:,.0f} in all",
+            f"{memory:,.1f} GiB of replay" if memory >= 0.1 else "less than 0.1 GiB of replay",
+            expected_time(config),
+        )
     )
 
 
 def record_bytes(config: TrainConfig) -> int:
     """Return the bytes of one replay record in the mirror, up to a few hundred for vectors."""
-    shown, size = config.environment, config.environment.image_size
-    dmc = config.env.startswith("dmc:") and shown.obs in ("image", "both")
-    if dmc or config.env.startswith(("ale:", "crafter:", "minigrid:")):
-        image = size * size * (1 if shown.grayscale else 3)
-    else:
-        image = 0
-    agent = config.agent
-    latents = 2 * agent.rssm.deter + agent.rssm.stoch if isinstance(agent, V3Config) else 0
-    return image + (latents if agent.context else 0) + 64
+    image = image_side(config) ** 2 * (1 if config.environment.grayscale else 3)
+    return image + config.agent.latent_bytes() + 64
 
 
 def _choices(name: str, known: list[str]) -> str:

@@ -22,6 +22,7 @@ _FAST = {
     "agent.optim.actor_lr": 3e-4,
     "agent.optim.critic_lr": 3e-4,
 }
+_QUICK_V3 = {"replay.online": True, "agent.optim.lr": 4e-4, "agent.optim.warmup": 200}
 _BALANCE = _CARTPOLE | {
     "env": "dmc:cartpole-balance",
     "environment.action_repeat": 2,
@@ -32,6 +33,12 @@ _BALANCE = _CARTPOLE | {
     "actor.isolation": "process",
 }
 _BALANCE_WITHOUT_ENDS = {"agent.cont": False}
+# A few thousand updates in all: prototypes and slow critic cannot wait as published.
+_SOON = {
+    "agent.slow_every": 20,
+    "agent.prototypes.eps": 0.05,
+    "agent.prototypes.freeze": 300,
+}
 _EMPTY_ROOM = _CARTPOLE | {
     "env": "minigrid:Empty-5x5-v0",
     "environment.image_size": 64,
@@ -78,6 +85,16 @@ CONTROL_PRESETS: dict[str, Preset] = {
         | _SEES_THE_CART
         | {"agent.optim.critic_lr": 1e-3, "agent.continuation": "probability"},
     ),
+    "pro-cartpole": Preset(
+        summary="DreamerPro on CartPole-v1: both views of a vector are equal.",
+        agent="pro",
+        size="tiny",
+        values=_CARTPOLE
+        | _FAST
+        | _SOON
+        # As V1 and V2 here.
+        | {"agent.cont": True, "agent.free_nats": 0.5, "agent.imagination.entropy": 2e-3},
+    ),
     "v1-balance": Preset(
         summary="DreamerV1 on cartpole-balance from vectors, within an hour of two CPU cores.",
         agent="v1",
@@ -108,17 +125,16 @@ CONTROL_PRESETS: dict[str, Preset] = {
         summary="DreamerV3 (2025) on the same.",
         agent="v3",
         size="tiny",
-        values=_BALANCE
-        | {"replay.online": True, "agent.optim.lr": 4e-4, "agent.optim.warmup": 200},
+        values=_BALANCE | _QUICK_V3,
     ),
     "pro-minigrid": Preset(
         summary="DreamerPro in an empty room of MiniGrid from 64x64 pixels, within a quarter of an "
         "hour of two CPU cores: latents and KL as in DreamerV2's Atari settings.",
         agent="pro",
         size="tiny",
-        # A few thousand updates in all: prototypes and slow critic cannot wait as published.
         values=_EMPTY_ROOM
         | _FAST
+        | _SOON
         | {
             "agent.cont": True,
             "agent.world.classes": 8,
@@ -127,9 +143,26 @@ CONTROL_PRESETS: dict[str, Preset] = {
             # With Atari's 1e-3 the policy is certain within 1,500 steps, and then nothing tells it
             # that it turns on the spot for ever.
             "agent.imagination.entropy": 3e-3,
-            "agent.slow_every": 20,
-            "agent.prototypes.eps": 0.05,
-            "agent.prototypes.freeze": 300,
         },
+    ),
+    "v2-room": Preset(
+        summary="DreamerV2 in the same room, to compare with.",
+        agent="v2",
+        size="tiny",
+        values=_EMPTY_ROOM
+        | _FAST
+        | {
+            "agent.free_nats": 0.0,
+            "agent.kl_scale": 0.1,
+            "agent.imagination.entropy": 3e-3,
+            "agent.slow_every": 20,
+            "agent.reward": "identity",
+        },
+    ),
+    "v3-room": Preset(
+        summary="DreamerV3 (2025) in the same room, to compare with.",
+        agent="v3",
+        size="tiny",
+        values=_EMPTY_ROOM | _QUICK_V3,
     ),
 }

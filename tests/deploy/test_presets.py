@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,12 @@ import pytest
 
 from deploy.config import ConfigError, TrainConfig
 from deploy.presets import PRESETS, cost, preset, preset_for, record_bytes
+from deploy.presets.times import MEASURED, Measured, expected_time, image_side, in_words
+from dreamer.config import AgentConfig
 from dreamer.presets import AGENTS, SIZES, agent_config
 from learner.config import LearnerConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -63,6 +69,11 @@ def test_schedules_of_earlier_agents_make_the_published_updates() -> None:
         "v3-2023-atari": 0.0625,
         "v3-2023-atari100k": 1.0,
         "pro-dmc-vision": 0.2,
+        # Our own, as often as the published one of V3 of 2023.
+        "v1-atari100k": 1.0,
+        "v2-atari100k": 1.0,
+        "pro-atari100k": 1.0,
+        "pro-crafter": 0.2,
     }
     for name, updates in published.items():
         config = preset(name)
@@ -110,10 +121,12 @@ def test_presets_draw_windows_as_their_papers_do() -> None:
     within = {name for name in PRESETS if name.startswith(("v1-", "v2-", "pro-"))}
     # Episodes of CartPole begin shorter than a window, so there they must be cut together.
     within -= {"pro-v3-dmc-vision", "v1-cartpole", "v2-cartpole", "v1-balance", "v2-balance"}
-    within -= {"pro-minigrid", "v1-minigrid", "v2-minigrid"}
+    within -= {"pro-cartpole", "pro-minigrid", "pro-doorkey", "v1-minigrid", "v2-minigrid"}
+    within -= {"v2-room"}
+    often = {"v2-atari", "v2-atari100k", "v2-crafter", "pro-atari", "pro-atari100k", "pro-crafter"}
     for name, (windows, ends, online) in drawn.items():
         assert windows == ("episodes" if name in within else "any"), name
-        assert ends == (name in ("v2-atari", "v2-atari100k", "v2-crafter", "pro-atari")), name
+        assert ends == (name in often), name
         new = (
             name == "v3"
             or name.startswith(("v3-", "pro-v3-", "r2-", "infonce-"))
@@ -210,7 +223,119 @@ def test_help_of_the_top_level_lists_every_preset_and_size() -> None:
 def test_cost_counts_updates_and_the_bytes_of_the_replay() -> None:
     atari = preset("v2-atari")  # one grey channel, no latents
     assert record_bytes(atari) == 64 * 64 + 64
-    assert cost(atari) == "0.0625 updates per step, 3,125,000 in all; 7.7 GiB of replay"
+    assert cost(atari) == (
+        "0.0625 updates per step, 3,125,000 in all; 7.7 GiB of replay; time not measured"
+    )
     deter, groups = 2048, 32  # half precision and a byte each
     assert record_bytes(preset("v3-dmc-vision")) == 3 * 64 * 64 + 2 * deter + groups + 64
     assert "less than 0.1 GiB" in cost(preset("v1-cartpole"))
+
+
+def test_an_agent_that_is_new_gets_the_memory_of_its_own_latents() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class FifthConfig(AgentConfig):
+        context: int = 1
+
+        def latent_bytes(self) -> int:
+            return 1000 * self.context
+
+    config = replace(preset("v2-atari"), agent=FifthConfig(name="fifth"))
+    assert record_bytes(config) == 64 * 64 + 1000 + 64
+    assert expected_time(config) == "time not measured"
+
+
+@pytest.mark.parametrize("found", MEASURED, ids=lambda found: f"{found.agents[0]}-{found.ms:.0f}")
+def test_a_measured_time_is_the_one_in_the_results(found: Measured) -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    sections = dict(re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", page, re.MULTILINE))
+    text = " ".join(sections[found.section].split())
+    for words in found.words:
+        assert words in text
+    numbers = [
+        float(number.replace(",", ""))
+        for words in found.words
+        for number in re.findall(r"\d[\d,]*(?:\.\d+)?", words)
+    ]
+    ways = {n for n in numbers} | {1000 / n for n in numbers}
+    ways |= {minutes * 60_000 / updates for minutes in numbers for updates in numbers}
+    assert any(found.ms == pytest.approx(way) for way in ways), numbers
+    assert set(found.agents) <= set(AGENTS)
+    assert all(found.size in AGENTS[agent].sizes for agent in found.agents)
+
+
+def test_expected_time_is_that_of_measured_updates_and_of_no_others() -> None:
+    config = preset("v3-dmc-proprio")  # 150,000 updates of 9.5 and 434 ms
+    on_gpu, on_cpu = "about 24 minutes on an H200", "about 18 hours on two CPU cores"
+    assert expected_time(config) == f"{on_gpu}, {on_cpu}"
+    # Half of the batch, twice the updates: as long on a CPU; launching takes twice as long.
+    half = replace(config, learner=replace(config.learner, batch_size=8))
+    assert expected_time(half) == f"about 48 minutes on an H200, {on_cpu}"
+    twice = replace(config, learner=replace(config.learner, batch_length=128))
+    assert expected_time(twice) == f"{on_gpu}, {on_cpu}"
+    full = replace(config, learner=replace(config.learner, precision="fp32"))
+    assert expected_time(full) == on_cpu
+    seen = replace(config, environment=replace(config.environment, obs="image"))
+    assert expected_time(seen).startswith("about 41 minutes on an H200, about 2.3 days on")
+    larger = replace(seen, environment=replace(seen.environment, image_size=96))
+    for other in (preset("v3-dmc-proprio", "25m"), larger, preset("v1-dmc-proprio")):
+        assert expected_time(other) == "time not measured"
+    assert expected_time(preset("v1-dmc-vision")) == "at most 15 hours on an H200"
+
+
+@pytest.mark.parametrize(
+    ("minutes", "want"),
+    [
+        (0.5, "0.5 minutes"),
+        (12.25, "12 minutes"),
+        (89.0, "89 minutes"),
+        (91.0, "1.5 hours"),
+        (47.4 * 60, "47 hours"),
+        (48 * 60, "2 days"),
+        (1234 * 1440, "1,200 days"),
+    ],
+)
+def test_times_have_two_digits_and_a_unit_that_one_can_imagine(minutes: float, want: str) -> None:
+    assert in_words(60 * minutes) == want
+
+
+# Domain → how its environments begin, and whether the agent sees vectors.
+DOMAINS = {
+    "dmc-proprio": ("dmc:", True),
+    "dmc-vision": ("dmc:", False),
+    "atari": ("ale:", False),
+    "atari100k": ("ale:", False),
+    "crafter": ("crafter:", False),
+    "minigrid": ("minigrid:", False),
+    "cartpole": ("CartPole-v1", True),
+}
+# The name pro-minigrid was that of a small room before there was one for the common task.
+OTHER_NAMES = {("pro", "minigrid"): "pro-doorkey"}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("agent", ["v1", "v2", "v3-2023", "v3", "pro"])
+def test_every_agent_has_a_preset_for_every_domain(agent: str, domain: str) -> None:
+    name = OTHER_NAMES.get((agent, domain), f"{agent}-{domain}")
+    prefix, vectors = DOMAINS[domain]
+    config = preset(name)
+    assert (PRESETS[name].agent, config.agent.name) == (agent, agent)
+    assert config.env.startswith(prefix) and config.env == preset(f"v3-{domain}").env
+    assert (image_side(config) == 0) == vectors
+    assert (config.steps <= 110_000) == (domain in ("atari100k", "cartpole"))
+
+
+def test_the_room_asks_the_same_of_every_agent() -> None:
+    pro, v2, v3 = (preset(name) for name in ("pro-minigrid", "v2-room", "v3-room"))
+    for other in (v2, v3):
+        same = replace(other, preset=pro.preset, agent=pro.agent, replay=pro.replay)
+        assert same == pro
+        assert replace(other.replay, online=False) == pro.replay
+    assert (v2.replay.online, v3.replay.online) == (False, True)
+    agent: Any = v2.agent
+    optim = agent.optim
+    assert (optim.model_lr, optim.actor_lr, optim.critic_lr) == (1e-3, 3e-4, 3e-4)
+    assert (agent.cont, agent.free_nats, agent.kl_scale, agent.slow_every) == (True, 0.0, 0.1, 20)
+    assert (agent.imagination.entropy, agent.reward, agent.rec_scale) == (3e-3, "identity", 1.0)
+    third: Any = v3.agent
+    plain: Any = agent_config("v3", "tiny")
+    assert third == replace(plain, optim=replace(plain.optim, lr=4e-4, warmup=200))
