@@ -11,8 +11,10 @@ import pytest
 from deploy.config import ConfigError, TrainConfig
 from deploy.presets import PRESETS, cost, preset, preset_for, record_bytes
 from deploy.presets.times import MEASURED, Measured, expected_time, image_side, in_words
+from dreamer.agent import check_agent
 from dreamer.config import AgentConfig
 from dreamer.presets import AGENTS, SIZES, agent_config
+from dreamer.spaces import ActionSpace, BoxAction, DiscreteAction, ImageSpec, ObsSpace, VectorSpec
 from learner.config import LearnerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +324,18 @@ def test_every_agent_has_a_preset_for_every_domain(agent: str, domain: str) -> N
     assert config.env.startswith(prefix) and config.env == preset(f"v3-{domain}").env
     assert (image_side(config) == 0) == vectors
     assert (config.steps <= 110_000) == (domain in ("atari100k", "cartpole"))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_agent_of_every_preset_can_be_built_for_what_it_sees(name: str) -> None:
+    config = preset(name)
+    side, channels = image_side(config), 1 if config.environment.grayscale else 3
+    seen: ObsSpace = {"vector": VectorSpec(shape=(24,))}
+    if side:
+        seen = {"image": ImageSpec(shape=(side, side, channels))}
+    turn: ActionSpace = {"action": DiscreteAction(classes=6)}
+    push: ActionSpace = {"action": BoxAction(low=(-1.0,) * 6, high=(1.0,) * 6)}
+    check_agent(config.agent, seen, push if config.env.startswith("dmc:") else turn)
 
 
 def test_the_room_asks_the_same_of_every_agent() -> None:
