@@ -59,6 +59,8 @@ CASES = [
     *((agent, lesson) for agent in ("v1", "v2", "v3-2023", "v3") for lesson in ON_VECTORS),
     ("v3", "catch-16"),
     *((agent, "catch-64") for agent in ("v1", "v2", "pro")),
+    # Both of its views of a vector are equal.
+    *(pytest.param("pro", lesson, marks=pytest.mark.exhaustive) for lesson in ON_VECTORS),
     # Its pixels go through what V1, V2 and Pro have, its behaviour is learned on vectors above.
     pytest.param("v3-2023", "catch-64", marks=pytest.mark.exhaustive),
     # They differ from V3 in one loss, which tests/dreamer compares with plain loops.
