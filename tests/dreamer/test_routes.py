@@ -92,34 +92,30 @@ V2_BOTH = V2_DYNAMICS  # Eq. 6 with 0 < ρ < 1
 # prior's mode, without gradient.
 BEGUN = SEEN | {"start"}
 V3_OF_2023_SCORE = {
-    # Eq. 4–5
-    "rec": BEGUN | {"decoder"},  # L_pred
-    "rew": BEGUN | {"reward"},  # L_pred
-    "con": BEGUN | {"cont"},  # L_pred
-    "dyn": BEGUN | {"prior"},  # L_dyn
-    "rep": BEGUN,  # L_rep
-    # Eq. 8–12
-    "policy": {"actor"},  # discrete actions
-    "value": {"critic"},  # the slow critic is a target
+    "rec": BEGUN | {"decoder"},  # Eq. 5, L_pred
+    "rew": BEGUN | {"reward"},  # Eq. 5, L_pred
+    "con": BEGUN | {"cont"},  # Eq. 5, L_pred
+    "dyn": BEGUN | {"prior"},  # Eq. 5, L_dyn
+    "rep": BEGUN,  # Eq. 5, L_rep
+    "policy": {"actor"},  # Eq. 11, discrete actions
+    "value": {"critic"},  # Eq. 8–10, and towards the slow critic, which is a target
 }
-# With continuous actions return and baseline both carry the gradient; the continuation has none,
-# whichever way it is read.
+# Eq. 11 with continuous actions: return and baseline both carry the gradient; the continuation has
+# none, whichever way it is read.
 V3_OF_2023_DYNAMICS = V3_OF_2023_SCORE | {"policy": DREAMT | {"reward", "critic", "actor"}}
 
 # DreamerV3, arXiv:2301.04104v2: the score function for every kind of action, and a critic that
 # shapes the states of the replay on purpose.
 V3_BACKBONE = {
-    # Eq. 2–4
-    "rew": SEEN | {"reward"},  # L_pred
-    "con": SEEN | {"cont"},  # L_pred
-    "dyn": SEEN | {"prior"},  # L_dyn
-    "rep": SEEN,  # L_rep
-    # Eq. 5–7
-    "policy": {"actor"},
-    "value": {"critic"},
-    "repval": SEEN | {"critic"},  # the return is held still, the state is not
+    "rew": SEEN | {"reward"},  # Eq. 3, L_pred
+    "con": SEEN | {"cont"},  # Eq. 3, L_pred
+    "dyn": SEEN | {"prior"},  # Eq. 3, L_dyn
+    "rep": SEEN,  # Eq. 3, L_rep
+    "policy": {"actor"},  # Eq. 6
+    "value": {"critic"},  # Eq. 5
+    "repval": SEEN | {"critic"},  # Eq. 5 on the replay: the return is held still, the state is not
 }
-V3 = V3_BACKBONE | {"rec": SEEN | {"decoder"}}  # Eq. 2–4, L_pred
+V3 = V3_BACKBONE | {"rec": SEEN | {"decoder"}}  # Eq. 3, L_pred
 
 # DreamerPro, arXiv:2110.14565, Eq. 2–6: the teacher assigns, without gradient, and two students
 # predict it, one from the embedding and one from the state.
