@@ -167,10 +167,18 @@ class Agent(nn.Module):
 
     @staticmethod
     def behaviour_metrics(
-        entropy: Tensor, returns: Tensor, value: Tensor, reward: Tensor, live: Tensor
+        entropy: Tensor,
+        returns: Tensor,
+        value: Tensor,
+        reward: Tensor,
+        live: Tensor,
+        running: PercentileScale | None = None,
     ) -> Metrics:
-        """Return what is worth watching of a trajectory, without gradient."""
-        low, high = ops.percentiles(returns, 0.05, 0.95)
+        """Return what is worth watching of trajectories, without gradient.
+
+        Percentiles of the returns are those of this update, or the running ones that scale the
+        returns where there are such.
+        """
         means = {
             "entropy_nats": entropy,
             "return_mean": returns,
@@ -179,7 +187,9 @@ class Agent(nn.Module):
             "imagined_cont": live,
         }
         metrics = {name: x.detach().mean() for name, x in means.items()}
-        return metrics | {"return_percentile/5": low, "return_percentile/95": high}
+        metrics |= _percentiles("value_percentile", value)
+        found = _percentiles("return_percentile", returns) if running is None else running.metrics()
+        return metrics | found
 
     @property
     def horizon(self) -> int:
@@ -328,6 +338,11 @@ class Agent(nn.Module):
 
 
 POLICY_PARTS = PolicyParts._fields
+
+
+def _percentiles(name: str, x: Tensor) -> Metrics:
+    low, high = ops.percentiles(x, 0.05, 0.95)
+    return {f"{name}/5": low, f"{name}/95": high}
 
 
 def make_agent(config: AgentConfig, obs_space: ObsSpace, action_space: ActionSpace) -> Agent:

@@ -30,4 +30,13 @@ class PercentileScale(nn.Module):
         low, high = ops.percentiles(returns, *self.shares)
         self.low.lerp_(low, self.rate)
         self.high.lerp_(high, self.rate)
+        return self.scale()
+
+    def scale(self) -> Tensor:
+        """Return what returns are divided by, a 0-d tensor."""
         return torch.clamp_min(self.high - self.low, self.limit)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the running percentiles and the scale; later updates do not change them."""
+        low, high = (f"return_percentile/{100 * share:g}" for share in self.shares)
+        return {low: self.low.clone(), high: self.high.clone(), "return_scale": self.scale()}

@@ -70,15 +70,7 @@ class LaProp(nn.Module):
         scale = (rate / (1.0 - self.beta1**count)).float() * apply
         steps = list(torch._foreach_mul(momenta, -scale))
         torch._foreach_add_(params, steps)
-        update = torch.stack(torch._foreach_norm(steps)).norm()
-        size = sum(param.numel() for param in params)
-        return {
-            "lr": rate.float(),
-            "grad_norm": norm,
-            "grad_clip_fraction": clipped,
-            "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
-            "update_rms": update / size**0.5,
-        }
+        return _described(params, steps, rate=rate, grad_norm=norm, clipped=clipped)
 
     def _clip(
         self, params: list[Tensor], grads: list[Tensor]
@@ -157,11 +149,26 @@ class Adam(nn.Module):
         if self.decay:
             torch._foreach_mul_(params, _if(apply, 1.0 - self.decay, 1.0))
         torch._foreach_add_(params, steps)
-        return {
-            "grad_norm": norm,
-            "grad_clip_fraction": (norm > self.clip).float(),
-            "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
-        }
+        rate, clipped = torch.full_like(norm, self.lr), norm > self.clip
+        return _described(params, steps, rate=rate, grad_norm=norm, clipped=clipped)
+
+
+def _described(
+    params: list[Tensor], steps: list[Tensor], *, rate: Tensor, grad_norm: Tensor, clipped: Tensor
+) -> dict[str, Tensor]:
+    """Return what every optimiser says of a step, as 0-d tensors.
+
+    ``update_rms`` is the root mean square of what the gradient moved the parameters by, decay left
+    out; ``grad_clip_fraction`` the share of clipped tensors, 0 or 1 where all are clipped as one.
+    """
+    size = sum(param.numel() for param in params)
+    return {
+        "lr": rate.float(),
+        "grad_norm": grad_norm,
+        "grad_clip_fraction": clipped.float(),
+        "param_norm": torch.stack(torch._foreach_norm(params)).norm(),
+        "update_rms": torch.stack(torch._foreach_norm(steps)).norm() / size**0.5,
+    }
 
 
 def _if(apply: Tensor, value: float, otherwise: float) -> Tensor:

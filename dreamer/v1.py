@@ -128,15 +128,8 @@ class DreamerV1(Agent):
         losses["value"] = weight * critic.loss(returns.detach())
         policy = self.actor(trajectory.feature[:, :-1].detach())
         with torch.no_grad():
-            entropy = policy.entropy().mean()
-        metrics = {
-            "entropy_nats": entropy,
-            "return_mean": returns.detach().mean(),
-            "value_mean": value.detach().mean(),
-            "imagined_reward": reward.detach().mean(),
-            "imagined_cont": live.detach().mean(),
-        }
-        return losses, metrics
+            entropy = policy.entropy()
+        return losses, self.behaviour_metrics(entropy, returns, value, reward, live)
 
     def scale(self, loss: str) -> float:
         """Return the weight of a loss."""

@@ -144,17 +144,8 @@ class DreamerV3(Agent):
         # Critic
         losses["value"] = weight * self._regress(critic.without_last(), returns, slow[:, :-1])
         losses["repval"] = self._replay_critic_loss(batch, rollout, returns[:, 0])
-        metrics = {
-            "entropy_nats": entropy.detach().mean(),
-            "return_percentile/5": self.return_scale.low.clone(),
-            "return_percentile/95": self.return_scale.high.clone(),
-            "return_mean": returns.mean(),
-            "return_scale": scale,
-            "value_mean": value.mean(),
-            "imagined_reward": reward.mean(),
-            "imagined_cont": live.mean(),
-            "advantage_abs": advantage.abs().mean(),
-        }
+        seen = (entropy, returns, value, reward, live, self.return_scale)
+        metrics = self.behaviour_metrics(*seen) | {"advantage_abs": advantage.abs().mean()}
         return losses, metrics
 
     def _regress(self, critic: TwoHot, returns: Tensor, slow: Tensor) -> Tensor:

@@ -144,11 +144,9 @@ class DreamerV3Of2023(Agent):
         critic = self.critic(feature[:, :-1].detach())
         pull = self.config.slow_regulariser
         losses["value"] = weight * critic.mixed_loss(targets, (1.0, pull))
-        metrics = self.behaviour_metrics(entropy, returns, value, reward, live)
-        metrics["return_percentile/5"] = self.return_scale.low.clone()
-        metrics["return_percentile/95"] = self.return_scale.high.clone()
-        metrics["advantage_abs"] = advantage.detach().abs().mean()
-        return losses, metrics
+        seen = (entropy, returns, value, reward, live, self.return_scale)
+        metrics = self.behaviour_metrics(*seen)
+        return losses, metrics | {"advantage_abs": advantage.detach().abs().mean()}
 
     @torch.no_grad()
     def continues(self, batch: Batch, feature: Tensor) -> Tensor:

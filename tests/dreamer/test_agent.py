@@ -70,6 +70,29 @@ def test_the_parts_that_act_are_the_parts_that_are_published() -> None:
     assert names == set(POLICY_PARTS)
 
 
+def test_trajectories_are_described_by_means_and_percentiles() -> None:
+    numbers = torch.linspace(0, 100, 101).reshape(1, -1).requires_grad_()
+    found = Agent.behaviour_metrics(
+        entropy=numbers / 50,
+        returns=-numbers,
+        value=2 * numbers,
+        reward=numbers,
+        live=numbers / 100,
+    )
+    assert {name: round(x.item(), 4) for name, x in found.items()} == {
+        "entropy_nats": 1.0,
+        "return_mean": -50.0,
+        "return_percentile/5": -95.0,
+        "return_percentile/95": -5.0,
+        "value_mean": 100.0,
+        "value_percentile/5": 10.0,
+        "value_percentile/95": 190.0,
+        "imagined_reward": 50.0,
+        "imagined_cont": 0.5,
+    }
+    assert not any(x.requires_grad for x in found.values())
+
+
 def test_latents_survive_the_record_within_half_precision() -> None:
     agent = debug_agent()
     stoch = torch.eye(4)[torch.randint(4, (2, 3, 4))]

@@ -24,6 +24,18 @@ def test_the_scale_is_the_running_range_between_the_percentiles() -> None:
     assert high - low > 50
 
 
+def test_metrics_are_the_running_percentiles_as_they_were_then() -> None:
+    scale = PercentileScale(rate=0.5, low=0.1, high=0.9, limit=1.0)
+    scale.update(torch.linspace(0, 10, 11))
+    found = scale.metrics()
+    scale.update(torch.linspace(0, 1000, 11))
+    assert {name: round(x.item(), 5) for name, x in found.items()} == {
+        "return_percentile/10": 0.5,
+        "return_percentile/90": 4.5,
+        "return_scale": 4.0,
+    }
+
+
 def test_the_averages_start_at_zero_and_are_updated_before_they_are_used() -> None:
     returns = torch.tensor([-1000.0, 1000.0])
     close(make_scale().update(returns), 0.01 * 1800.0, rtol=1e-5)

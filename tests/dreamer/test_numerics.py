@@ -1,4 +1,4 @@
-"""Extreme observations and rewards, and updates that are not finite, for every agent."""
+"""Extreme numbers, updates that are not finite, and where an update runs, for every agent."""
 
 from typing import Any
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from dreamer.agent import Agent
+from dreamer.batch import Batch
 from dreamer.presets import AGENTS
-from dreamer.spaces import VectorSpec
-from tests.dreamer.cases import PIXELS, TURN, batch_of, build
+from dreamer.rssm import State
+from dreamer.spaces import ActionSpace, VectorSpec
+from tests.dreamer.cases import PIXELS, PUSH, TURN, VECTOR, batch_of, build
+from tests.dreamer.test_v3 import NoTensorFromNumbers, OnDevice
 
 BOTH = PIXELS | {"vector": VectorSpec(shape=(3,))}
 
@@ -54,3 +57,18 @@ def test_an_update_that_is_not_finite_changes_nothing_that_is_learned(name: str)
         if not any(part in key for part in follow):
             assert torch.equal(value, before[key]), key
         assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "actions"), [("v1", PUSH), ("v2", TURN), ("v3-2023", PUSH), ("pro", TURN)]
+)
+def test_no_update_ever_leaves_the_device(name: str, actions: ActionSpace) -> None:
+    source = batch_of(build(name, VECTOR, actions), length=4)
+    with torch.device("meta"):
+        agent = build(name, VECTOR, actions, **{"imagination.horizon": 3})
+    parts = {key: getattr(source, key).to("meta") for key in Batch._fields[1:-1]}
+    obs = {key: x.to("meta") for key, x in source.obs.items()}
+    batch = Batch(obs=obs, **parts, initial=State(*(x.to("meta") for x in source.initial)))
+    with NoTensorFromNumbers() as numbers, OnDevice() as operations:
+        agent.update(batch)
+    assert not operations.elsewhere and not numbers.made

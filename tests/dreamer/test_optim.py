@@ -124,6 +124,32 @@ def test_metrics_describe_the_step() -> None:
     assert metrics["param_norm"] == pytest.approx((2.9**2 + 3.9**2) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["laprop", "adam", "adam with decay"])
+def test_every_optimiser_describes_its_step_by_the_same_numbers(kind: str) -> None:
+    params = [nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([0.0]))]
+    before = [param.detach().clone() for param in params]
+    decay = 0.01 if "decay" in kind else 0.0
+    optim = (
+        make(params, lr=0.1, warmup=0)
+        if kind == "laprop"
+        else Adam(params, lr=0.1, eps=1e-8, clip=100.0, decay=decay)
+    )
+    found = optim.step([torch.tensor([30.0, 40.0]), torch.tensor([1.0])], YES)
+    moved = [p - (1 - decay) * old for p, old in zip(params, before, strict=True)]
+    want = {
+        "lr": 0.1,
+        "grad_norm": (30.0**2 + 40.0**2 + 1.0) ** 0.5,
+        "grad_clip_fraction": 1.0 if kind == "laprop" else 0.0,
+        "param_norm": torch.cat(params).norm().item(),
+        "update_rms": torch.cat(moved).square().mean().sqrt().item(),
+    }
+    assert want["update_rms"] == pytest.approx(0.1, rel=1e-3)
+    assert {name: x.item() for name, x in found.items()} == pytest.approx(want, rel=1e-4)
+    assert all(x.dim() == 0 and x.dtype == torch.float32 for x in found.values())
+    still = optim.step([torch.tensor([30.0, 40.0]), torch.tensor([1.0])], ~YES)
+    assert still["update_rms"] == 0.0 and still["lr"] == pytest.approx(0.1)
+
+
 def test_a_restored_optimiser_goes_on_exactly() -> None:
     torch.manual_seed(0)
     grads = [[torch.randn_like(p) for p in parameters()] for _ in range(6)]
