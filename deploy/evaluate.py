@@ -136,7 +136,7 @@ def evaluate(options: EvalOptions) -> int:
     _write(options.run_dir / "eval.json", json.dumps(result, indent=2).encode())
     if options.video:
         name = f"eval-{facts['env_steps']:010d}.gif"
-        result["video"] = str(_write_video(options.run_dir / "videos" / name, camera.frames) or "-")
+        result["video"] = str(_write_video(options.run_dir / "videos" / name, camera) or "-")
     _show(result, options.run_dir)
     return 0
 
@@ -275,14 +275,14 @@ def policy_of(config: TrainConfig, found: Any, env: Any, seed: int) -> Any:
     return policy
 
 
-def _write_video(path: Path, frames: list[NDArray[np.uint8]]) -> Path | None:
-    from learner.video import encode_gif
+def _write_video(path: Path, camera: Camera) -> Path | None:
+    from learner.gif import encode_gif
 
-    if not frames:
+    if not camera.frames:
         console().print("no video: this environment draws nothing", style="yellow")
         return None
     path.parent.mkdir(exist_ok=True)
-    _write(path, encode_gif(np.stack(frames)))
+    _write(path, encode_gif(np.stack(camera.frames), caption=f"Evaluation: {camera.shows}"))
     return path
 
 

@@ -39,6 +39,13 @@ class Camera:
         self.frames: list[Picture] = []
         self.reconstruct = reconstruct
 
+    @property
+    def shows(self) -> str:
+        """What the frames show, in words."""
+        if self.reconstruct:
+            return "the environment, what the agent sees, and what its model makes of that."
+        return "the environment, or what the agent sees of one that draws nothing."
+
     def __call__(self, env: Drawn, obs: Observation) -> None:
         """Film the state of an environment after the policy has seen ``obs``."""
         if len(self.frames) >= VIDEO_FRAMES:

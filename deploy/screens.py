@@ -232,10 +232,11 @@ class Film:
         if not self._frames:
             return
         from learner.files import write_atomically
-        from learner.video import encode_gif
+        from learner.gif import encode_gif
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, encode_gif(np.stack(self._frames), self._frame_ms))
+        caption = "An episode of dreamfleet play."
+        write_atomically(self.path, encode_gif(np.stack(self._frames), self._frame_ms, caption))
 
 
 def has_display() -> bool:

@@ -49,6 +49,16 @@ class Trajectory(NamedTuple):
     actions: Tensor
 
 
+class Pictures(NamedTuple):
+    """Moving pictures of what an agent learns from, (B, T, h, w, c) each, about in [0, 1]."""
+
+    truth: Tensor
+    made: tuple[Tensor, ...]
+    """The model's prediction, or the views that take its place."""
+    seen: Tensor | None
+    """(B, T) bool, the steps whose truth the prediction saw; None where nothing is predicted."""
+
+
 class Optimiser(Protocol):
     """What a group needs from its optimiser."""
 
@@ -306,30 +316,36 @@ class Agent(nn.Module):
         return State(deter.float(), self.rssm.latent.from_record(stoch))
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return {image key: (truth, model)}, each (B, T, h, w, c) in [0, 1].
+    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, Pictures]:
+        """Return {image key: what happened, and what the model makes of it}.
 
-        The model sees ``context`` frames, then imagines the rest under the recorded actions. An
-        agent without a decoder has nothing to show: {}.
+        The model sees ``context`` frames, then imagines the rest under the recorded actions. It
+        cannot know where an episode ends: each one that begins inside the window starts over, and
+        its first ``context`` frames are seen too. An agent without a decoder has nothing to show.
         """
-        if self.decoder is None:
+        assert context >= 1, context
+        if self.decoder is None or not self.decoder.groups:
             return {}
-        embed = self.encoder(batch.obs)
-        keys = {key for keys in self.decoder.groups.values() for key in keys}
-        seen, _ = self.rssm.observe(
-            embed[:, :context],
-            batch.prev_action[:, :context],
-            batch.is_first[:, :context],
-            batch.initial,
-        )
-        deter, stoch = seen.deter[:, -1], seen.stoch[:, -1].flatten(1)
-        deters, stochs = list(seen.deter.unbind(1)), list(seen.stoch.flatten(2).unbind(1))
-        for action in batch.prev_action[:, context:].unbind(1):
-            deter, stoch = self.rssm.imagine_step(deter, stoch, action)
+        seen = _first_steps(batch.is_first, context)
+        keep = (~batch.is_first).float()[..., None]
+        actions = self.rssm.core.project_action(batch.prev_action * keep)
+        embeds = self.rssm.posterior.project_embed(self.encoder(batch.obs))
+        start = self.rssm.start()
+        deter, stoch = batch.initial.deter, batch.initial.stoch.flatten(1)
+        deters, stochs = [], []
+        for t, look in enumerate(seen.unbind(1)):
+            given = (actions[:, t], embeds[:, t], keep[:, t], start)
+            found = self.rssm.observe_step(deter, stoch, *given)
+            guess = self.rssm.imagine_step(deter, stoch, batch.prev_action[:, t])
+            deter = torch.where(look[:, None], found[0], guess[0])
+            stoch = torch.where(look[:, None], found[1], guess[1])
             deters.append(deter)
             stochs.append(stoch)
         model = self.decoder.images(torch.stack(deters, 1), torch.stack(stochs, 1))
-        return {key: (batch.obs[key].float() / 255.0, model[key]) for key in sorted(keys)}
+        return {
+            key: Pictures(batch.obs[key].float() / 255.0, (model[key],), seen)
+            for key in sorted(model)
+        }
 
     def policy_tensors(self) -> dict[str, Tensor]:
         """Return what acting needs, by name: a subset of ``state_dict()``."""
@@ -338,6 +354,13 @@ class Agent(nn.Module):
 
 
 POLICY_PARTS = PolicyParts._fields
+
+
+def _first_steps(is_first: Tensor, count: int) -> Tensor:
+    """Return (B, T) bool: the first steps of the window and of every episode in it."""
+    steps = torch.arange(is_first.shape[1], device=is_first.device)
+    begun = torch.where(is_first, steps, 0).cummax(1).values
+    return steps - begun < count
 
 
 def _percentiles(name: str, x: Tensor) -> Metrics:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dreamer import ops
-from dreamer.agent import Agent, Losses, Metrics, Rollout, Trajectory
+from dreamer.agent import Agent, Losses, Metrics, Pictures, Rollout, Trajectory
 from dreamer.batch import Batch
 from dreamer.dists import Part, TanhNormal
 from dreamer.earlier import ProConfig, ProV3Config
@@ -44,15 +44,16 @@ class PrototypeLearner(Agent):
         self.prototypes.move(self.encoder)
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return {image key: (as seen, one shifted view)}, (B, T, h, w, c) each in [0, 1].
+    def open_loop(self, batch: Batch, context: int = 5) -> dict[str, Pictures]:
+        """Return {image key: what was seen, and two views of it}.
 
         There is no decoder that could show predictions; the views show what the agent learns from.
         """
-        images = {key: x for key, x in batch.obs.items() if x.dim() == 5}
+        views = self.prototypes.views(batch).obs
         return {
-            f"{key}_view": (x.float() / 255.0, self.prototypes.shifted(x) / 255.0)
-            for key, x in images.items()
+            key: Pictures(x.float() / 255.0, (views[key] / 255.0).chunk(2), None)
+            for key, x in batch.obs.items()
+            if x.dim() == 5
         }
 
 

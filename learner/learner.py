@@ -431,19 +431,20 @@ class Learner:
             )
 
     def _video(self) -> None:
-        """Write open-loop predictions of the last windows; the run's randomness is untouched."""
+        """Write moving pictures of the last windows; the run's randomness is untouched."""
         open_loop: Any = getattr(self.agent, "open_loop", None)
         if open_loop is None:
             return
         self.step.settle()
         with torch.random.fork_rng():
             window = {k: v.to(self.step.device) for k, v in self.step.sample().items()}
-            predictions = open_loop(make_batch(window, self.agent), VIDEO_CONTEXT)
-        written = write_videos(
-            self.facts.directory / "videos", predictions, VIDEO_CONTEXT, self.env_steps
-        )
-        for key, (gif, size) in written.items():
-            self.recorder.board.animation(f"open_loop/{key}", gif, size, self.env_steps)
+            found = open_loop(make_batch(window, self.agent), VIDEO_CONTEXT)
+        if not found:
+            return
+        folder = self.facts.directory / "videos"
+        written = write_videos(folder, found, VIDEO_CONTEXT, self.env_steps)
+        for name, (gif, size) in written.items():
+            self.recorder.board.animation(name, gif, size, self.env_steps)
 
     def _state(self) -> dict[str, Any]:
         """Return everything that a checkpoint holds."""

@@ -1,75 +1,79 @@
-"""Open-loop predictions as moving pictures: what happened, what the model imagined, the error."""
+"""Moving pictures of what an agent learns from: its open-loop predictions, or its views.
+
+Each says what it shows, so that pages can tell predictions, views and films apart.
+"""
 
 from __future__ import annotations
 
-import io
+import html
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
+from dreamer.agent import Pictures
 from learner.files import write_atomically
+from learner.gif import caption_of, encode_gif
 
 SHOWN = 6
 """Sequences side by side in one picture."""
-FRAME_MS = 100
-"""Time for which each frame is shown, in milliseconds."""
-_SEEN, _IMAGINED = (60, 180, 75), (230, 80, 60)
+_SEEN, _IMAGINED, _SHOWN = (60, 180, 75), (230, 80, 60), (128, 128, 128)
 _GAP = 2
+_PREDICTION = (
+    "Top: what happened. Middle: the model, which sees the frames with a green border, the first "
+    "{context} of the window and of each episode that begins in it, and imagines those with a red "
+    "one under the recorded actions. Bottom: the error; grey is none."
+)
+_VIEWS = (
+    "Top: what happened. Below it: the two views of it that the agent learns from, each shifted at "
+    "random. This agent decodes nothing, so that there is no prediction to show."
+)
 
 
-def prediction_frames(truth: Tensor, model: Tensor, context: int) -> NDArray[np.uint8]:
-    """Stack truth, model and error into frames (T, height, width, 3).
+def picture_frames(pictures: Pictures) -> NDArray[np.uint8]:
+    """Stack truth and model, and the error of a prediction, into frames (T, height, width, 3).
 
-    Args:
-        truth: (B, T, h, w, c) in [0, 1].
-        model: the same shape; the first ``context`` steps saw the truth, the rest is imagined.
-        context: steps with a green border; imagined steps have a red one.
+    Sequences stand beside each other. Steps that a prediction saw have a green border, imagined
+    ones a red one; where nothing is predicted all are grey.
     """
-    assert truth.shape == model.shape, (truth.shape, model.shape)
-    truth, model = truth[:SHOWN].float().cpu(), model[:SHOWN].float().cpu().clamp(0, 1)
-    error = (model - truth + 1) / 2
-    rows = [_colours(x.numpy()) for x in (truth, model, error)]
-    return np.stack([_frame([r[:, t] for r in rows], t < context) for t in range(truth.shape[1])])
-
-
-def encode_gif(frames: NDArray[np.uint8], frame_ms: int = FRAME_MS) -> bytes:
-    """Return frames (T, height, width, 3) as an animated GIF that repeats.
-
-    The format counts in 10 ms, and viewers slow down what is shown for less than 20 ms.
-    """
-    images = [Image.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer,
-        format="GIF",
-        save_all=True,
-        append_images=images[1:],
-        duration=frame_ms,
-        loop=0,
-        disposal=1,
+    truth, *made = (x[:SHOWN].float().cpu().clamp(0, 1) for x in (pictures.truth, *pictures.made))
+    shape = truth.shape[:2]
+    borders = np.full((*shape, 3), _SHOWN, np.uint8)
+    rows = [truth, *made]
+    if pictures.seen is not None:
+        seen = pictures.seen[:SHOWN].cpu().numpy()
+        borders = np.where(seen[..., None], _SEEN, _IMAGINED).astype(np.uint8)
+        rows.append((made[0] - truth + 1) / 2)
+    # (B, T, rows·h, w, 3): everything of a sequence below each other.
+    stacked = np.concatenate([_colours(row.numpy()) for row in rows], axis=2)
+    return np.stack(
+        [
+            np.concatenate([_framed(stacked[i, t], borders[i, t]) for i in range(shape[0])], axis=1)
+            for t in range(shape[1])
+        ]
     )
-    return buffer.getvalue()
 
 
 def write_videos(
-    directory: Path, predictions: Mapping[str, tuple[Tensor, Tensor]], context: int, env_steps: int
+    directory: Path, found: Mapping[str, Pictures], context: int, env_steps: int
 ) -> dict[str, tuple[bytes, tuple[int, int]]]:
-    """Write one GIF for each image key, and an index page that shows them all.
+    """Write one GIF for each image key, and an index page that shows all there are.
 
     Returns:
-        For each key the GIF's bytes and its (width, height).
+        The GIF's bytes and its (width, height), under ``open_loop/<key>`` or ``views/<key>``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     written = {}
-    for key, (truth, model) in predictions.items():
-        frames = prediction_frames(truth, model, context)
-        gif = encode_gif(frames)
-        write_atomically(directory / f"{key}-{env_steps:010d}.gif", gif)
-        written[key] = (gif, (frames.shape[2], frames.shape[1]))
+    for key, pictures in found.items():
+        predicted = pictures.seen is not None
+        frames = picture_frames(pictures)
+        caption = _PREDICTION.format(context=context) if predicted else _VIEWS
+        gif = encode_gif(frames, caption=caption)
+        name = key if predicted else f"{key}_views"
+        write_atomically(directory / f"{name}-{env_steps:010d}.gif", gif)
+        kind = "open_loop" if predicted else "views"
+        written[f"{kind}/{key}"] = (gif, (frames.shape[2], frames.shape[1]))
     write_atomically(directory / "index.html", _page(directory).encode())
     return written
 
@@ -84,37 +88,37 @@ def _colours(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     return (shown * 255).round().astype(np.uint8)
 
 
-def _frame(rows: list[NDArray[np.uint8]], seen: bool) -> NDArray[np.uint8]:
-    """Return one frame: rows below each other, sequences beside each other, inside a border."""
-    bands = [np.concatenate(list(row), axis=1) for row in rows]
-    picture = np.concatenate(bands, axis=0)
+def _framed(picture: NDArray[np.uint8], colour: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a picture (h, w, 3) inside a border."""
     height, width, _ = picture.shape
     framed = np.empty((height + 2 * _GAP, width + 2 * _GAP, 3), np.uint8)
-    framed[:] = _SEEN if seen else _IMAGINED
+    framed[:] = colour
     framed[_GAP:-_GAP, _GAP:-_GAP] = picture
     return framed
 
 
 def _page(directory: Path) -> str:
-    names = sorted((path.name for path in directory.glob("*.gif")), reverse=True)
-    figures = "\n".join(
-        f'<figure><img src="{name}" alt="{name}"><figcaption>{name}</figcaption></figure>'
-        for name in names
+    paths = sorted(directory.glob("*.gif"), key=lambda path: path.name, reverse=True)
+    return _HTML.format(figures="\n".join(map(_figure, paths)))
+
+
+def _figure(path: Path) -> str:
+    name, caption = html.escape(path.name), html.escape(caption_of(path))
+    return (
+        f'<figure><img src="{name}" alt="{name}">'
+        f"<figcaption><b>{name}</b> {caption}</figcaption></figure>"
     )
-    return _HTML.format(figures=figures)
 
 
 _HTML = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Open-loop predictions</title>
+<html lang="en"><meta charset="utf-8"><title>Pictures of the agent</title>
 <style>
 body {{ font: 15px sans-serif; margin: 2em; background: #fafafa; color: #222 }}
 img {{ image-rendering: pixelated; min-width: 50%; max-width: 100% }}
-figure {{ margin: 2em 0 }} figcaption {{ color: #666 }}
+figure {{ margin: 2em 0 }} figcaption {{ color: #666; max-width: 60em }}
 </style>
-<h1>Open-loop predictions</h1>
-<p>Top row: what happened. Middle: the model, which sees the frames with a green border and imagines
-those with a red one under the recorded actions. Bottom: the error; grey is none.
-File names end with the environment step.</p>
+<h1>Pictures of the agent</h1>
+<p>The newest of each kind first; names end with the environment step.</p>
 {figures}
 </html>
 """

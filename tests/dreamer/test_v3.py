@@ -380,7 +380,8 @@ def test_open_loop_predictions_start_with_the_reconstruction_of_the_context() ->
     batch = random_batch(agent, size=2, length=8)
     videos = agent.open_loop(batch, context=5)
     assert set(videos) == {"image"}
-    truth, model = videos["image"]
+    truth, (model,), seen = videos["image"]
+    assert seen is not None and seen.tolist() == [8 * [True], 5 * [True] + 3 * [False]]
     assert truth.shape == model.shape == (2, 8, 16, 16, 3)
     close(truth, batch.obs["image"] / 255.0)
     assert 0 <= model.min() and model.max() <= 1
@@ -391,10 +392,11 @@ def test_open_loop_predictions_see_nothing_after_the_context() -> None:
     batch = random_batch(agent, size=1, length=8)
     later = {key: value.clone() for key, value in batch.obs.items()}
     later["image"][:, 5:] = 0
+    batch.is_first.zero_()
     models = []
     for obs in (batch.obs, later):
         torch.manual_seed(0)
-        models.append(agent.open_loop(batch._replace(obs=obs), context=5)["image"][1])
+        models.append(agent.open_loop(batch._replace(obs=obs), context=5)["image"].made[0])
     assert torch.equal(*models)
 
 

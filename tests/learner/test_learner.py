@@ -31,6 +31,7 @@ from dreamer.weights import PackedWeights
 from learner.checkpoint import load_newest
 from learner.config import LearnerConfig
 from learner.files import read_rows
+from learner.gif import caption_of
 from learner.learner import Learner, LearnerError, RunFacts
 from learner.pace import FreePace
 from learner.publish import Publisher
@@ -559,6 +560,7 @@ def test_videos_are_written_while_training(server: EmbeddedServer, tmp_path: Pat
         stand.learner.run()
     finally:
         stand.close()
-    assert list((tmp_path / "videos").glob("image-*.gif"))
-    assert (tmp_path / "videos" / "index.html").exists()
+    newest = max((tmp_path / "videos").glob("image-*.gif"))
+    assert "sees the frames with a green border" in caption_of(newest)
+    assert newest.name in (tmp_path / "videos" / "index.html").read_text()
     assert json.loads(json.dumps(stand.learner.snapshot().shares))

@@ -1,52 +1,112 @@
-import io
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from learner.video import SHOWN, encode_gif, prediction_frames, write_videos
+from dreamer.agent import Pictures
+from learner.gif import caption_of, encode_gif
+from learner.video import SHOWN, picture_frames, write_videos
 
 
-def pair(batch: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prediction(batch: int, channels: int, context: int = 5) -> Pictures:
     truth = torch.zeros(batch, 8, 16, 16, channels)
-    return truth, torch.full_like(truth, 0.5)
+    seen = (torch.arange(8) < context).expand(batch, 8)
+    return Pictures(truth, (torch.full_like(truth, 0.5),), seen)
 
 
-def test_frames_stack_truth_model_and_error() -> None:
-    frames = prediction_frames(*pair(2, 3), context=5)
-    assert frames.shape == (8, 3 * 16 + 4, 2 * 16 + 4, 3)
-    inside = frames[0, 2:-2, 2:-2]
-    assert (inside[:16] == 0).all()
-    assert (inside[16:32] == 128).all()
-    assert (inside[32:] == 191).all()
+def views() -> Pictures:
+    truth = torch.zeros(2, 8, 16, 16, 3)
+    return Pictures(truth, (truth + 0.25, truth + 0.75), None)
 
 
-def test_the_border_tells_seen_from_imagined_frames() -> None:
-    frames = prediction_frames(*pair(1, 3), context=5)
-    corners = frames[:, 0, 0]
-    assert (corners[:5] == corners[0]).all()
-    assert (corners[5:] == corners[5]).all()
-    assert (corners[4] != corners[5]).any()
+def test_frames_stack_truth_model_and_error_of_each_sequence() -> None:
+    frames = picture_frames(prediction(2, 3))
+    assert frames.shape == (8, 3 * 16 + 4, 2 * (16 + 4), 3)
+    for left in (2, 22):
+        inside = frames[0, 2:-2, left : left + 16]
+        assert (inside[:16] == 0).all()
+        assert (inside[16:32] == 128).all()
+        assert (inside[32:] == 191).all()
+
+
+def test_the_border_of_each_sequence_tells_what_it_saw_from_what_is_imagined() -> None:
+    pictures = prediction(2, 3)
+    assert pictures.seen is not None
+    seen = pictures.seen.clone()
+    seen[1, 6] = True  # another episode begins there
+    corners = picture_frames(pictures._replace(seen=seen))[:, 0, [0, 20]]
+    green = (corners[..., 1] > corners[..., 0]).T
+    assert np.array_equal(green, seen.numpy())
+
+
+def test_views_stand_below_what_happened_without_error_and_colour() -> None:
+    frames = picture_frames(views())
+    assert frames.shape == (8, 3 * 16 + 4, 2 * (16 + 4), 3)
+    assert frames[0, [2, 18, 34], 2, 0].tolist() == [0, 64, 191]
+    assert (frames[:, 0] == 128).all()
 
 
 def test_grey_and_stacked_images_are_shown_grey() -> None:
     for channels in (1, 4):
-        assert prediction_frames(*pair(SHOWN + 3, channels), context=5).shape[2] == SHOWN * 16 + 4
+        assert picture_frames(prediction(SHOWN + 3, channels)).shape[2] == SHOWN * (16 + 4)
 
 
-def test_a_gif_has_every_frame() -> None:
+def test_a_gif_has_every_frame_and_says_what_it_shows(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (8, 20, 30, 3), np.uint8)
-    image = Image.open(io.BytesIO(encode_gif(frames)))
-    assert image.n_frames == 8  # type: ignore[attr-defined]
-    assert image.size == (30, 20)
+    for caption in ("", "What it shows: <everything>. " * 20):
+        path = tmp_path / "a.gif"
+        path.write_bytes(encode_gif(frames, caption=caption))
+        with Image.open(path) as image:
+            assert image.n_frames == 8  # type: ignore[attr-defined]
+            assert image.size == (30, 20)
+        assert caption_of(path) == caption
+    (tmp_path / "broken.gif").write_bytes(b"GIF89a")
+    assert caption_of(tmp_path / "broken.gif") == ""
+
+
+class Captions(HTMLParser):
+    """Notes the text below every picture of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self.name = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.name = dict(attrs).get("src") or self.name
+
+    def handle_data(self, data: str) -> None:
+        self.found[self.name] = self.found.get(self.name, "") + data
+
+
+def captions(page: Path) -> dict[str, str]:
+    parser = Captions()
+    parser.feed(page.read_text())
+    return parser.found
 
 
 def test_a_page_shows_every_video_newest_first(tmp_path: Path) -> None:
-    write_videos(tmp_path, {"image": pair(1, 3)}, 5, 1000)
-    written = write_videos(tmp_path, {"image": pair(1, 3)}, 5, 2000)
-    page = (tmp_path / "index.html").read_text()
-    assert page.index("image-0000002000.gif") < page.index("image-0000001000.gif")
-    gif, size = written["image"]
-    assert (tmp_path / "image-0000002000.gif").read_bytes() == gif
-    assert Image.open(io.BytesIO(gif)).size == size
+    write_videos(tmp_path, {"image": prediction(1, 3)}, 5, 1000)
+    written = write_videos(tmp_path, {"image": prediction(1, 3)}, 5, 2000)
+    names = [name for name in captions(tmp_path / "index.html") if name]
+    assert names == ["image-0000002000.gif", "image-0000001000.gif"]
+    gif, size = written["open_loop/image"]
+    path = tmp_path / "image-0000002000.gif"
+    assert path.read_bytes() == gif
+    with Image.open(path) as image:
+        assert image.size == size
+
+
+def test_the_page_calls_views_views_and_films_films(tmp_path: Path) -> None:
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    (tmp_path / "eval-0000000005.gif").write_bytes(encode_gif(frames, caption="Evaluation: <it>"))
+    assert [*write_videos(tmp_path, {"image": views()}, 5, 1000)] == ["views/image"]
+    write_videos(tmp_path, {"image": prediction(1, 3)}, 4, 2000)
+    found = captions(tmp_path / "index.html")
+    below = found["image_views-0000001000.gif"]
+    assert "two views" in below and "imagine" not in below and "green" not in below
+    assert "the first 4 of the window" in found["image-0000002000.gif"]
+    assert "Evaluation: <it>" in found["eval-0000000005.gif"]
+    assert "imagine" not in found[""]
