@@ -244,6 +244,46 @@ LEARNER = Page(
             stacked=True,
         ),
         Panel("Losses", "none", (("{{name}}", f"dreamer_loss{RUN}"),)),
+        Panel(
+            "Posterior and prior, in nats",
+            "none",
+            (("{{which}}", f"dreamer_kl_nats{RUN}"),),
+            text="dyn or kl is the divergence between them, before free nats.",
+        ),
+        Panel(
+            "Entropy of the policy, in nats", "none", (("entropy", f"dreamer_entropy_nats{RUN}"),)
+        ),
+        Panel(
+            "Returns and values in imagination",
+            "none",
+            (
+                ("return, {{p}} %", f"dreamer_return_percentile{RUN}"),
+                ("value, {{p}} %", f"dreamer_value_percentile{RUN}"),
+                ("value, mean", f"dreamer_value_mean{RUN}"),
+            ),
+        ),
+        Panel("Gradient norms", "none", (("{{module}}", f"dreamer_grad_norm{RUN}"),)),
+        Panel(
+            "What is clipped",
+            "percentunit",
+            (("{{group}}", f"dreamer_grad_clip_fraction{RUN}"),),
+            text="Share of clipped tensors, or of updates clipped as one.",
+        ),
+        Panel(
+            "What an update moves parameters by",
+            "none",
+            (
+                ("{{group}}", f"dreamer_update_rms{RUN}"),
+                ("{{group}}, learning rate", f"dreamer_lr{RUN}"),
+            ),
+        ),
+        Panel("Size of the parameters", "none", (("{{group}}", f"dreamer_param_norm{RUN}"),)),
+        Panel(
+            "Prototypes",
+            "none",
+            (("{{name}}", f'dreamer_train_metric{{name=~"prototypes/.*",{RUN[1:]}'),),
+            text="DreamerPro's: how many are some step's first choice, and entropies in nats.",
+        ),
         Panel("Other training metrics", "none", (("{{name}}", f"dreamer_train_metric{RUN}"),)),
         Panel("Skipped updates", "none", (("skipped", f"dreamer_skipped_updates_total{RUN}"),)),
         Panel("Publishing weights", "s", (("seconds", f"dreamer_publish_seconds{RUN}"),)),
@@ -283,6 +323,7 @@ INFRA = Page(
         ),
         Panel("GPU", "percent", (("{{gpu}}", "DCGM_FI_DEV_GPU_UTIL"),)),
         Panel("GPU: memory", "decmbytes", (("{{gpu}}", "DCGM_FI_DEV_FB_USED"),)),
+        Panel("GPU: memory of the learner", "bytes", (("{{kind}}", "dreamer_gpu_memory_bytes"),)),
     ),
 )
 PAGES = (OVERVIEW, ACTORS, REPLAY, LEARNER, INFRA)

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ LINE_EVERY_S = 10.0
 FRAMES_PER_S = 2.0
 ENDED = ("finished", "stopped", "failed")
 """Phases of a run that is over."""
-LOSSES = ("rec", "rew", "con", "dyn", "rep", "policy", "value", "repval")
 MOST_ACTORS = 16
 _GOOD, _FAINT = "bold green", "dim"
 
@@ -313,14 +312,15 @@ def _shares(snapshot: Snapshot) -> str:
     return " · ".join(f"{name} {part:.0%}" for part, name in sorted(found, reverse=True)) or "-"
 
 
+def loss_names(names: Iterable[str]) -> list[str]:
+    """Return the losses among the names of metrics, but not the parts of the reconstruction."""
+    losses = (name for name in names if name.startswith("loss/"))
+    return [name for name in losses if not name.startswith("loss/rec_")]
+
+
 def _losses(snapshot: Snapshot) -> str:
-    """Return the named losses; a learner may prefix them with ``loss/``."""
     found = snapshot.get("losses") or {}
-    shown = []
-    for name in LOSSES:
-        value = found.get(name, found.get(f"loss/{name}"))
-        if value is not None:
-            shown.append(f"{name} {number(value)}")
+    shown = [f"{name.removeprefix('loss/')} {number(found[name])}" for name in loss_names(found)]
     return " · ".join(shown) or "-"
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.config import FILE_NAME, TrainConfig, load_config
-from deploy.progress import LOSSES, console, count, number
+from deploy.progress import console, count, loss_names, number
 from deploy.runs import describe
 from deploy.status import STATUS_FILE, require_run
 
@@ -62,10 +62,13 @@ def render(directory: Path, config: TrainConfig) -> str:
 
     snapshot = _snapshot(directory)
     rows = read_rows(directory / "metrics.jsonl")
+    losses, nats, imagined = measured(rows)
     sections = [
         ("How it went", _facts(directory, config, snapshot)),
         ("Return", _curve(directory, config)),
-        ("Losses", _chart(rows, [f"loss/{name}" for name in LOSSES], "loss", log=True)),
+        ("Losses", _chart(rows, losses, "loss", log=True)),
+        ("Posterior, prior and policy", _chart(rows, nats, "nats")),
+        ("Returns and values in imagination", _chart(rows, imagined, "return")),
         ("Speed", _chart(rows, ["env_steps_per_s", "updates_per_s"], "per second")),
         ("Where the learner's time went", _chart(rows, _phases(rows), "share", stacked=True)),
         ("Videos", _videos(directory / "videos")),
@@ -153,12 +156,22 @@ def _chart(
     return _picture(buffer.getvalue(), "png", label)
 
 
+def measured(rows: Iterable[Mapping[str, Any]]) -> tuple[list[str], list[str], list[str]]:
+    """Return the columns with losses, with nats, and with returns and values in imagination."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    nats = [name for name in names if name.startswith(("entropy_nats", "kl_nats/"))]
+    imagined = [name for name in names if name.startswith(("return_percentile/", "value_"))]
+    return loss_names(names), nats, imagined
+
+
 def _phases(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted({name for row in rows for name in row if name.startswith("share/")})
 
 
 def _videos(folder: Path) -> str:
     """Return the newest animation of each kind; their names end with the environment step."""
+    from learner.gif import caption_of
+
     newest: dict[str, Path] = {}
     for path in sorted(folder.glob("*.gif")):
         newest[re.sub(r"-\d+$", "", path.stem)] = path
@@ -167,7 +180,8 @@ def _videos(folder: Path) -> str:
         if path.stat().st_size > MOST_VIDEO_BYTES:
             shown.append(f"<p>{html.escape(path.name)} is too large to be shown here.</p>")
         else:
-            shown.append(_picture(path.read_bytes(), "gif", path.name))
+            caption = f"{path.name}: {caption_of(path)}".removesuffix(": ")
+            shown.append(_picture(path.read_bytes(), "gif", caption))
     return "\n".join(shown)
 
 

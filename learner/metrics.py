@@ -77,8 +77,8 @@ class Exporter:
         info.info({"config_hash": config_hash, "version": _version()})
         self.registry.register(GpuMemory())
         self._gauges = {name: self._gauge(name, text) for name, text in _GAUGES.items()}
-        for name in ("episode_return", "eval_return"):
-            # 0 is a return like any other: until there is one, curves have nothing to draw.
+        for name in ("episode_return", "eval_return", *_PLAIN):
+            # 0 is a number like any other: until there is one, curves have nothing to draw.
             self._gauges[name].set(math.nan)
         self._counters = {name: self._counter(name, text) for name, text in _COUNTERS.items()}
         self._phase = self._counter(
@@ -87,7 +87,9 @@ class Exporter:
         self._bound = self._gauge(
             "bound_share", "What bounds the run: share of the time by cause.", ["cause"]
         )
-        self._loss = self._gauge("loss", "Mean loss of the last update logged.", ["name"])
+        self._training = {
+            name: self._gauge(name, text, [label]) for name, (label, text) in _TRAINING.items()
+        }
         self._metric = self._gauge("train_metric", "Other training metrics, by name.", ["name"])
 
     def serve(self, port: int, host: str = "127.0.0.1", token_file: Path | None = None) -> int:
@@ -119,10 +121,16 @@ class Exporter:
         self._gauges["bound_actors_wanted"].set(actors_wanted)
 
     def train(self, values: Mapping[str, float]) -> None:
-        """Set losses (``loss/<name>``) and the other training metrics."""
+        """Set training metrics: ``loss/rec`` is ``dreamer_loss{name="rec"}``.
+
+        One optimiser for everything has no name: its label is ``all``.
+        """
         for name, value in values.items():
-            if name.startswith("loss/"):
-                self._loss.labels(name.removeprefix("loss/")).set(value)
+            kind, _, part = name.partition("/")
+            if kind in self._training:
+                self._training[kind].labels(part or "all").set(value)
+            elif name in _PLAIN:
+                self._gauges[name].set(value)
             else:
                 self._metric.labels(name).set(value)
 
@@ -174,6 +182,22 @@ _GAUGES = {
     "checkpoint_bytes": "Size of the last checkpoint.",
     "publish_seconds": "Duration of the last publication.",
     "weights_bytes": "Size of the last weights published.",
+}
+_PLAIN = {
+    "entropy_nats": "Entropy of the policy in imagined states, in nats.",
+    "value_mean": "Mean of the critic's values in imagined states.",
+}
+_GAUGES |= _PLAIN
+_TRAINING = {
+    "loss": ("name", "Mean loss of the last update logged."),
+    "kl_nats": ("which", "KL divergence of posterior from prior, and both entropies, in nats."),
+    "return_percentile": ("p", "Percentile of the returns that were imagined."),
+    "value_percentile": ("p", "Percentile of the critic's values in imagined states."),
+    "grad_norm": ("module", "Norm of the gradient before clipping, by module and by group."),
+    "grad_clip_fraction": ("group", "Share of clipped tensors, or of updates clipped as one."),
+    "param_norm": ("group", "Norm of the parameters that one optimiser moves."),
+    "update_rms": ("group", "Root mean square of what one update moves parameters by."),
+    "lr": ("group", "Learning rate."),
 }
 _COUNTERS = {
     "updates": "Updates of the agent.",

@@ -26,7 +26,10 @@ def registries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, C
     )
     learner.phases(dict.fromkeys(PHASES, 1.0))
     learner.bound({"environments": 1.0}, 2)
-    learner.train({"loss/rec": 1.0, "entropy_nats": 0.5})
+    names = ["kl_nats/dyn", "grad_norm/rssm", "entropy_nats", "value_mean", "prototypes/live"]
+    names += ["lr", "grad_clip_fraction", "param_norm", "update_rms"]
+    names += ["loss/rec", "return_percentile/5", "value_percentile/95"]
+    learner.train(dict.fromkeys(names, 1.0))
     learner.update({"checkpoint_last_success_timestamp_seconds": 1.0}, {})
     values = {"weights_received_timestamp_seconds": 1.0}
     actor = ActorMetrics(slot=0, env="CartPole-v1", read=lambda: values)

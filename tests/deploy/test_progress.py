@@ -54,6 +54,14 @@ def test_view_shows_every_part_of_a_snapshot() -> None:
     assert "log" not in shown
 
 
+def test_losses_of_every_agent_are_shown_whatever_their_names() -> None:
+    losses = {"loss/rec_image": 9.0, "entropy_nats": 1.0, "loss/kl": 3.0, "loss/swav": 4.25}
+    shown = drawn(progress.view({**FULL, "losses": losses}))
+    assert "kl 3 · swav 4.25" in shown and "rec_image" not in shown
+    shown = drawn(progress.view({**FULL, "losses": {"entropy_nats": 1.0}}))
+    assert re.search(r"losses +- ", shown)
+
+
 def test_names_of_runs_are_shown_as_they_are() -> None:
     for what in (progress.view(FULL, "runs/a:boom:[b]"), progress.view({}, "runs/a:boom:[b]")):
         assert "runs/a:boom:[b]" in drawn(what)

@@ -15,10 +15,10 @@ import pytest
 from deploy.cli import main
 from deploy.config import FILE_NAME, ConfigError, save_config
 from deploy.presets import preset
-from deploy.report import ReportOptions, report
+from deploy.report import ReportOptions, measured, report
 from deploy.runs import describe
+from learner.gif import encode_gif
 from learner.status import Snapshot, write_status
-from learner.video import encode_gif
 
 STATUS: dict[str, Any] = {
     **dict.fromkeys(("env_steps_per_s", "updates_per_s", "ratio_actual", "ratio_target"), 1.0),
@@ -104,7 +104,8 @@ def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
     (run / "videos").mkdir()
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     for name in ("image-0000000010", "image-0000000020", "eval-0000000020"):
-        (run / "videos" / f"{name}.gif").write_bytes(encode_gif(frames))
+        gif = encode_gif(frames, caption="What <it> shows.")
+        (run / "videos" / f"{name}.gif").write_bytes(gif)
     assert report(ReportOptions(run_dir=run)) == 0
     page = Page()
     page.feed((run / "report.html").read_text())
@@ -113,7 +114,22 @@ def test_report_is_one_file_that_needs_nothing_else(tmp_path: Path) -> None:
     for words in ("<Odd>-v1", "900 of", "123.2", "200.5", "learner (92%): lower the train ratio"):
         assert words in page.text, words
     assert "image-0000000020.gif" in page.text and "image-0000000010.gif" not in page.text
+    assert "image-0000000020.gif: What <it> shows." in page.text
     assert "preset: v3-cartpole" in page.text
+
+
+def test_report_draws_what_the_agent_measures_whatever_its_names() -> None:
+    rows: list[dict[str, Any]] = [
+        {"env_steps": 1, "loss/rec": 1.0, "loss/rec_image": 1.0, "kl_nats/kl": 1.0, "lr": 1.0},
+        {"env_steps": 2, "loss/rec": 1.0, "loss/kl": 1.0, "loss/swav": 1.0, "value_mean": 1.0},
+        {"env_steps": 3, "value_percentile/5": 1.0, "entropy_nats": 1.0, "return_scale": 1.0},
+        {"env_steps": 4, "return_percentile/95": 1.0, "return_mean20": 1.0},
+    ]
+    assert measured(rows) == (
+        ["loss/rec", "loss/kl", "loss/swav"],
+        ["kl_nats/kl", "entropy_nats"],
+        ["value_mean", "value_percentile/5", "return_percentile/95"],
+    )
 
 
 def test_report_of_a_run_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> None:

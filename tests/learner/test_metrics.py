@@ -24,7 +24,10 @@ def test_the_endpoint_serves_gauges_and_counters() -> None:
     try:
         for total in (5, 9):
             exporter.update({"fence": 2, "episode_return": 0.0}, {"updates": total})
-        exporter.train({"loss/rec": 1.5, "entropy_nats": 0.7})
+        assert math.isnan(scrape(port)["dreamer_entropy_nats"])  # no update yet, which is not 0
+        exporter.train({"loss/rec": 1.5, "entropy_nats": 0.7, "prototypes/live": 3.0})
+        exporter.train({"grad_norm": 2.5, "grad_norm/rssm": 1.5, "kl_nats/dyn": 0.5})
+        exporter.train({"lr/actor": 3e-5, "return_percentile/95": 8.0, "value_percentile/5": -8.0})
         exporter.phases(dict.fromkeys(PHASES, 0.0) | {"update": 2.5})
         found = scrape(port)
     finally:
@@ -34,7 +37,12 @@ def test_the_endpoint_serves_gauges_and_counters() -> None:
     assert math.isnan(found["dreamer_eval_return"])  # no episode yet, which is not 0
     assert found["dreamer_updates_total"] == 9
     assert found["dreamer_loss/rec"] == 1.5
-    assert found["dreamer_train_metric/entropy_nats"] == pytest.approx(0.7)
+    assert found["dreamer_entropy_nats"] == pytest.approx(0.7)
+    assert (found["dreamer_grad_norm/all"], found["dreamer_grad_norm/rssm"]) == (2.5, 1.5)
+    assert found["dreamer_kl_nats/dyn"] == 0.5 and found["dreamer_lr/actor"] == 3e-5
+    percentiles = found["dreamer_return_percentile/95"], found["dreamer_value_percentile/5"]
+    assert percentiles == (8.0, -8.0)
+    assert found["dreamer_train_metric/prototypes/live"] == 3.0
     assert found["dreamer_step_seconds_total/update"] == 2.5
     assert found[f"dreamer_build_info/abc/{version('dreamfleet')}"] == 1
     # Of the GPU's memory there is nothing to say until torch uses one.
