@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from deploy.cli import main
 from deploy.config import ConfigError, with_values
 from deploy.evaluate import EvalOptions, play, statistics_of
 from deploy.presets import preset
+from dreamer.presets import AGENTS, agent_config, sized
+from learner.gif import caption_of
 from tests.deploy.untrained import save
 
 Arrays = dict[str, NDArray[Any]]
@@ -133,6 +136,32 @@ def test_the_film_of_an_agent_that_sees_has_its_reconstruction(tmp_path: Path) -
     assert width >= 3 * height - 64
     decoded = frame[:, -height // 2 :]
     assert abs(decoded.mean() - 127) < 30  # of an untrained decoder: grey
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("drawn", [True, False], ids=["drawn", "not drawn"])
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_film_of_every_agent_has_what_there_is_to_see(
+    name: str, drawn: bool, tmp_path: Path
+) -> None:
+    env = f"tests.deploy.untrained:{'Drawn' if drawn else 'Pixels'}"
+    agent = sized(agent_config(name, "debug"), "debug")
+    config = replace(preset("v3-cartpole", "debug"), env=env, agent=agent)
+    save(tmp_path, with_values(config, {"environment.image_size": 64}), update=1)
+    assert main(f"eval {tmp_path} --episodes 1 --envs 1 --video".split()) == 0
+    (path,) = (tmp_path / "videos").glob("eval-*.gif")
+    with Image.open(path) as film:
+        frames = [np.asarray(f.convert("RGB")).astype(int) for f in ImageSequence.Iterator(film)]
+    decodes = name in ("v1", "v2", "v3-2023", "v3")
+    pictures = ["drawn"] * drawn + ["seen"] * (decodes or not drawn) + ["decoded"] * decodes
+    assert [frame.shape for frame in frames] == 3 * [(64, 68 * len(pictures) - 4, 3)]
+    for step, frame in enumerate(frames):
+        parts = {kind: frame[:, 68 * i : 68 * i + 64] for i, kind in enumerate(pictures)}
+        want = {"drawn": 250 - 10 * step, "seen": 80 * step}
+        assert all((parts[kind] == want[kind]).all() for kind in want if kind in parts)
+        # Of an untrained decoder: grey, more or less.
+        assert not decodes or abs(parts["decoded"].mean() - 127) < 40
+    assert ("what its model makes of that" in caption_of(path)) == decodes
 
 
 @pytest.mark.integration

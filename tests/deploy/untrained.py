@@ -34,6 +34,15 @@ class Pixels(Env[Any, Any]):
         return np.full((8, 8, 3), 80 * self.steps, np.uint8)
 
 
+class Drawn(Pixels):
+    """Draws itself too, darker at each step."""
+
+    render_mode = "rgb_array"
+
+    def render(self) -> Any:
+        return np.full((64, 64, 3), 250 - 10 * self.steps, np.uint8)
+
+
 class Unseen(Pixels):
     """Shows numbers only."""
 
