@@ -1,9 +1,10 @@
+import io
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from dreamer.agent import Pictures
 from learner.gif import caption_of, encode_gif
@@ -64,6 +65,16 @@ def test_a_gif_has_every_frame_and_says_what_it_shows(tmp_path: Path) -> None:
         assert caption_of(path) == caption
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
     assert caption_of(tmp_path / "broken.gif") == ""
+
+
+def test_few_colours_are_kept_and_many_are_close() -> None:
+    few = np.arange(4 * 4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 4, 3)
+    smooth = np.linspace(0, 255, 64 * 64 * 3).reshape(1, 64, 64, 3).astype(np.uint8)
+    many = np.random.default_rng(0).normal(smooth, 8).clip(0, 255).astype(np.uint8)
+    for frames, most in ((few, 0), (many, 6)):
+        with Image.open(io.BytesIO(encode_gif(frames))) as gif:
+            shown = [np.asarray(f.convert("RGB")).astype(int) for f in ImageSequence.Iterator(gif)]
+        assert np.abs(np.stack(shown) - frames).mean() <= most
 
 
 class Captions(HTMLParser):
