@@ -332,6 +332,7 @@ class ActorProcess:
             self._metrics.registry,
             host=knobs.metrics_listen,
             token_file=knobs.metrics_token_file,
+            flag="--actor.metrics-listen",
         )
         stack.callback(endpoint.close)
         self._metrics_port = endpoint.port

@@ -67,6 +67,7 @@ def serve_replay(options: ReplayServeOptions) -> int:
             token_file=options.token_file,
             pages=service.pages(),
             open_pages=("/healthz",),
+            flag="--listen",
         )
         stack.callback(endpoint.close)
         address = reached_at(options.host or host, endpoint.port, watch.url)

@@ -96,10 +96,16 @@ class Exporter:
         """Listen and return the port.
 
         Raises:
-            ReplayConfigError: it would listen beyond loopback without a token.
-            OSError: the port is taken, or the address is not of this machine.
+            ReplayConfigError: it would listen beyond loopback without a token, the port is taken,
+                or the address is not of this machine.
         """
-        self._endpoint = MetricsEndpoint(self.registry, host=host, port=port, token_file=token_file)
+        self._endpoint = MetricsEndpoint(
+            self.registry,
+            host=host,
+            port=port,
+            token_file=token_file,
+            flag="--learner.metrics-port",
+        )
         return self._endpoint.port
 
     def update(self, gauges: Mapping[str, float], counters: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from replay_service.errors import ReplayConfigError
+from replay_service.ports import cannot_listen
 from replay_service.security import is_loopback, read_password
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ class MetricsEndpoint:
         token_file: file whose first line is the token, readable by its owner alone.
         pages: path to what answers it; called from the thread of the request.
         open_pages: paths that need no token: health checks cannot send one.
+        flag: that the user sets the address or the port with, for messages.
 
     Raises:
-        ReplayConfigError: it would listen beyond loopback without a token, or the file cannot be
-            used.
-        OSError: the port is taken, or the address is not of this machine.
+        ReplayConfigError: it would listen beyond loopback without a token, the file cannot be
+            used, the port is taken, or the address is not of this machine.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class MetricsEndpoint:
         token_file: Path | None = None,
         pages: Mapping[str, Callable[[], Answer]] | None = None,
         open_pages: Iterable[str] = (),
+        flag: str = "the metrics",
     ) -> None:
         if token_file is None and not is_loopback(host):
             raise ReplayConfigError(
@@ -68,7 +70,11 @@ class MetricsEndpoint:
         self._token = read_password(token_file).encode() if token_file else b""
         self._metrics: Any = make_wsgi_app(registry)
         self._pages, self._open = dict(pages or {}), frozenset(open_pages)
-        self._server = _Server((host, port), _Handler)
+        try:
+            self._server = _Server((host, port), _Handler)
+        except OSError as error:
+            # Checked at the start of a run, a port can still be taken before this.
+            raise cannot_listen(error, host, port, flag) from error
         self._server.set_app(self._answer)
         self.port = int(self._server.server_port)
         self._thread = threading.Thread(

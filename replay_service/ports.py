@@ -1,4 +1,4 @@
-"""Whether a port can be listened at, asked before anything depends on it."""
+"""Whether a port can be listened at, asked before anything depends on it; what to say if not."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ def require_free_port(host: str, port: int, flag: str, remedy: str = "choose ano
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind((host, port))
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ReplayConfigError(
-                f"port {port} of {flag} is in use: another process listens at {host}:{port}; stop "
-                f"it, or {remedy}"
-            ) from error
-        raise ReplayConfigError(
-            f"nothing can listen at {host}:{port}, given with {flag}: {error.strerror or error}; "
-            "give an address of this machine and a port that you may use"
-        ) from error
+        raise cannot_listen(error, host, port, flag, remedy) from error
+
+
+def cannot_listen(
+    error: OSError, host: str, port: int, flag: str, remedy: str = "choose another port"
+) -> ReplayConfigError:
+    """Return what to tell the user about a failure to listen; arguments as above."""
+    if error.errno == errno.EADDRINUSE:
+        return ReplayConfigError(
+            f"port {port} of {flag} is in use: another process listens at {host}:{port}; stop "
+            f"it, or {remedy}"
+        )
+    return ReplayConfigError(
+        f"nothing can listen at {host}:{port}, given with {flag}: {error.strerror or error}; "
+        "give an address of this machine and a port that you may use"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -192,6 +193,14 @@ def test_beyond_loopback_readers_need_the_token(client: ReplayClient, tmp_path: 
         assert get(f"{at}/nowhere", "right")[0] == 404
     finally:
         endpoint.close()
+
+
+def test_port_that_was_taken_since_it_was_checked_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        said = rf"port {port} of --there is in use: .* at 127\.0\.0\.1:{port}; stop it, or choose"
+        with pytest.raises(ReplayConfigError, match=said):
+            MetricsEndpoint(CollectorRegistry(), port=port, flag="--there")
 
 
 def test_counters_pages_parse_as_prometheus_text(client: ReplayClient, watch: ReplayWatch) -> None:
