@@ -27,6 +27,7 @@ _HEADER_BYTES = 16_384
 _PROBE_BYTES = 65_536
 _WORTHWHILE = 0.9
 _MAX_INT = 2**53
+_SHOWN = 40
 
 Codec = Literal["auto", "zstd", "zlib", "raw"]
 EpisodeEnd = Literal["terminated", "truncated", "abandoned"]
@@ -155,7 +156,7 @@ def decode_chunk(blob: bytes, schema: Schema, max_steps: int = MAX_CHUNK_STEPS) 
     steps = _check_header(data, schema, max_steps)
     cols = data["cols"]
     if type(cols) is not dict or cols.keys() != schema.by_name.keys():
-        raise ChunkError(f"columns are {_brief(cols)}, expected {sorted(schema.by_name)}")
+        raise ChunkError(f"columns are {brief(cols)}, expected {sorted(schema.by_name)}")
     if any(type(value) is not bytes for value in cols.values()):
         raise ChunkError("every column must be bytes")
     if _checksum(data, cols, schema) != data["crc32"]:
@@ -285,17 +286,17 @@ def _unpack(blob: bytes, schema: Schema, max_steps: int) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ChunkError(f"not a msgpack map: {type(error).__name__}: {error!s:.100}") from error
     if type(data) is not dict or data.keys() != _ALL_KEYS:
-        raise ChunkError(f"the header is {_brief(data)}, expected the keys {sorted(_ALL_KEYS)}")
+        raise ChunkError(f"the header is {brief(data)}, expected the keys {sorted(_ALL_KEYS)}")
     return data
 
 
 def _check_header(data: dict[str, Any], schema: Schema, max_steps: int) -> int:
     if data["v"] != WIRE_VERSION or type(data["v"]) is not int:
-        raise ChunkError(f"wire version {_brief(data['v'])}, this program reads {WIRE_VERSION}")
+        raise ChunkError(f"wire version {brief(data['v'])}, this program reads {WIRE_VERSION}")
     if data["schema"] != schema.hash:
-        raise ChunkError(f"schema {_brief(data['schema'])}, expected {schema.hash.hex()}")
+        raise ChunkError(f"schema {brief(data['schema'])}, expected {schema.hash.hex()}")
     if type(data["sid"]) is not str or not 0 < len(data["sid"]) <= MAX_STREAM_CHARS:
-        raise ChunkError(f"stream name {_brief(data['sid'])}")
+        raise ChunkError(f"stream name {brief(data['sid'])}")
     for key, low, high in (
         ("inc", 0, _MAX_INT),
         ("seq", 1, _MAX_INT),
@@ -306,11 +307,11 @@ def _check_header(data: dict[str, Any], schema: Schema, max_steps: int) -> int:
         _check_int(key, data[key], low, high)
     for key in ("wmin", "wmax"):
         if type(data[key]) is not list or len(data[key]) != 2:
-            raise ChunkError(f"{key} is {_brief(data[key])}, expected [fence, update]")
+            raise ChunkError(f"{key} is {brief(data[key])}, expected [fence, update]")
         for number in data[key]:
             _check_int(key, number, -1, _MAX_INT)
     if data["codec"] not in ("raw", "zlib", "zstd"):
-        raise ChunkError(f"codec {_brief(data['codec'])}")
+        raise ChunkError(f"codec {brief(data['codec'])}")
     steps: int = data["n"]
     _check_int("raw_len", data["raw_len"], steps * schema.step_bytes, steps * schema.step_bytes)
     _check_episodes(data["eps"], steps)
@@ -319,20 +320,20 @@ def _check_header(data: dict[str, Any], schema: Schema, max_steps: int) -> int:
 
 def _check_episodes(episodes: Any, steps: int) -> None:
     if type(episodes) is not list or len(episodes) > steps + 1:
-        raise ChunkError(f"episodes are {_brief(episodes)}")
+        raise ChunkError(f"episodes are {brief(episodes)}")
     for episode in episodes:
         if type(episode) is not list or len(episode) != 3:
-            raise ChunkError(f"an episode is {_brief(episode)}, expected [return, length, end]")
+            raise ChunkError(f"an episode is {brief(episode)}, expected [return, length, end]")
         ret, length, end = episode
         if type(ret) is not float or not math.isfinite(ret):
-            raise ChunkError(f"an episode's return is {_brief(ret)}")
+            raise ChunkError(f"an episode's return is {brief(ret)}")
         _check_int("episode length", length, 0, _MAX_INT)
         _check_int("episode end", end, 0, len(_ENDS) - 1)
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
-        raise ChunkError(f"{name} is {_brief(value)}, expected an integer in [{low}, {high}]")
+        raise ChunkError(f"{name} is {brief(value)}, expected an integer in [{low}, {high}]")
 
 
 def _column(
@@ -350,8 +351,10 @@ def _column(
     return array
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """Shorten a hostile value for a message."""
     if isinstance(value, dict):
         return f"a map with keys {sorted(map(str, value))!r:.200}"
-    return f"{value!r:.80}" if isinstance(value, (int, str, bytes)) else f"a {type(value).__name__}"
+    if isinstance(value, (str, bytes)):
+        return repr(value[:_SHOWN])
+    return f"{value!r:.80}" if isinstance(value, int) else f"a {type(value).__name__}"

@@ -41,7 +41,9 @@ because a function copies its arguments."""
 _QUARANTINE_ENTRIES = 100
 _QUARANTINE_BYTES = 1024
 
-InsertCode = Literal["OK", "DUP", "GAP", "WAIT", "SCHEMA", "TOOBIG", "NOPAYLOAD", "FENCED", "NONE"]
+InsertCode = Literal[
+    "OK", "DUP", "GAP", "ODD", "WAIT", "SCHEMA", "TOOBIG", "NOPAYLOAD", "FENCED", "NONE"
+]
 
 
 class InsertReply(NamedTuple):

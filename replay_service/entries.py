@@ -10,12 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from replay_service.chunk import MAX_CHUNK_STEPS, MAX_STREAM_CHARS, max_blob_bytes
+from replay_service.chunk import MAX_CHUNK_STEPS, MAX_STREAM_CHARS, brief, max_blob_bytes
 from replay_service.schema import Schema
 
 _FIELDS = [b"k", b"n", b"b", b"s", b"q", b"g"]
 _NUMBER = re.compile(rb"0|[1-9][0-9]{0,15}")
 _MOST = 2**53
+_MOST_EPOCH = _MOST - 2**20
+"""Epochs from here on leave no higher one for inserts, see functions.lua."""
 _SID = re.compile(r"(.+)@(0|[1-9][0-9]{0,15})")
 _SHOWN = 300
 
@@ -68,13 +70,19 @@ def parse_entry(entry_id: bytes, fields: Sequence[bytes], prefix: str) -> LogEnt
 
 
 def _parse(entry_id: str, fields: Sequence[bytes], prefix: str) -> LogEntry:
+    if int(entry_id.partition("-")[0]) >= _MOST_EPOCH:
+        raise ValueError(
+            "its id leaves no higher one for inserts, which wait until it is mended: see "
+            "docs/security.md, A log that takes no more"
+        )
     if list(fields[::2]) != _FIELDS or len(fields) != 2 * len(_FIELDS):
-        raise ValueError(f"fields are {_brief(fields)}, expected k, n, b, s, q, g")
+        shown = ", ".join(brief(word) for word in fields[:14])
+        raise ValueError(f"fields are {shown:.{_SHOWN}}, expected k, n, b, s, q, g")
     key, steps, size, name, seq, position = fields[1::2]
     sid = name.decode(errors="replace")
     found = _SID.fullmatch(sid)
     if found is None or not sid.isprintable() or len(found[1]) > MAX_STREAM_CHARS:
-        raise ValueError(f"s is {_brief(name)}, expected stream@incarnation")
+        raise ValueError(f"s is {brief(name)}, expected stream@incarnation")
     entry = LogEntry(
         entry_id=entry_id,
         key=f"{prefix}:c:{sid}:{seq.decode(errors='replace')}",
@@ -85,19 +93,12 @@ def _parse(entry_id: str, fields: Sequence[bytes], prefix: str) -> LogEntry:
         position=_number("g", position, 0, _MOST),
     )
     if entry.key.encode() != key:
-        raise ValueError(f"k is {_brief(key)}, expected {entry.key}")
+        raise ValueError(f"k is {brief(key)}, expected {entry.key}")
     return entry
 
 
 def _number(name: str, value: bytes, low: int, high: int) -> int:
     # The pattern also keeps a million digits from being turned into a number.
     if not _NUMBER.fullmatch(value) or not low <= int(value) <= high:
-        raise ValueError(f"{name} is {_brief(value)}, expected an integer in [{low}, {high}]")
+        raise ValueError(f"{name} is {brief(value)}, expected an integer in [{low}, {high}]")
     return int(value)
-
-
-def _brief(value: bytes | Sequence[bytes]) -> str:
-    """Shorten what anybody may have written, for a message."""
-    if isinstance(value, bytes):
-        return f"{value[:40]!r}"
-    return f"{[one[:20] for one in value[:14]]!r:.{_SHOWN}}"

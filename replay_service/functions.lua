@@ -16,13 +16,24 @@ local booted = {}
 
 local EVICT_CHUNKS = 8
 local MOST_EXACT = 2 ^ 53 -- numbers below it are exact
+-- Epochs from here on are nobody's: those of all restarts to come have to stay exact.
+local MOST_EPOCH = MOST_EXACT - 2 ^ 20
 
+-- What is no number, or none that counting can go on from, counts as 0: whoever may insert can write
+-- it where counters are, and nobody's inserts may fail by it.
 local function int(value)
-  return tonumber(value) or 0
+  local number = tonumber(value) or 0
+  return math.abs(number) <= MOST_EXACT and number or 0
 end
 
 local function whole(value)
   return string.format('%.0f', value)
+end
+
+-- An epoch that can be followed; whoever may insert can also write others.
+local function usable(value)
+  local epoch = int(value)
+  return epoch > 0 and epoch < MOST_EPOCH and epoch or 0
 end
 
 -- Log ids must keep growing even if a restart has lost the end of the log, or somebody emptied the
@@ -30,7 +41,8 @@ end
 -- above `least`, if given.
 local function new_epoch(meta, least)
   local now = redis.call('TIME')
-  local known = math.max(int(redis.call('HGET', meta, 'epoch')), int(booted[meta]), int(least))
+  local known = math.max(usable(redis.call('HGET', meta, 'epoch')), usable(booted[meta]),
+    usable(least))
   local epoch = whole(math.max(known + 1, int(now[1]) * 1000 + math.floor(int(now[2]) / 1000)))
   redis.call('HSET', meta, 'epoch', epoch)
   booted[meta] = epoch
@@ -154,7 +166,8 @@ local function keep(payload, bytes, blob)
   return false
 end
 
--- Append entry `number` to the log, and drop those up to the id `last` if there is one.
+-- Append entry `number` to the log, and drop those up to the id `last` if there is one. Says whether
+-- it could: behind an entry with the highest ids, which insert has not written, no other can stand.
 local function append(meta, log, number, last, ...)
   local trim, fields = {}, {...}
   if last then
@@ -164,26 +177,33 @@ local function append(meta, log, number, last, ...)
     local first = exact and epoch .. '-' .. whole(at + 1) or whole(epoch + 1) .. '-0'
     trim = {'MINID', '=', first}
   end
-  local function add(call)
+  local function added()
     local words = {unpack(trim)}
     words[#words + 1] = booted[meta] .. '-' .. number
     for _, word in ipairs(fields) do words[#words + 1] = word end
-    return call('XADD', log, unpack(words))
+    local reply = redis.pcall('XADD', log, unpack(words))
+    return type(reply) ~= 'table' or not reply.err
   end
-  local reply = add(redis.pcall)
-  if type(reply) ~= 'table' or not reply.err then return end
+  if added() then return true end
   -- An entry that insert has not written may stand where this one belongs: go on behind it.
   local newest = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
   new_epoch(meta, newest and string.match(newest[1], '^%d+'))
-  add(redis.call)
+  return added()
+end
+
+-- What is kept of a stream: the number of its last chunk, and "c" or "". Nothing if whoever may insert
+-- has put something else there.
+local function last_of(seqs, sid)
+  local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '^(%d+)(c?)$')
+  if last and tonumber(last) < MOST_EXACT then return tonumber(last), closed end
 end
 
 -- KEYS meta, log, seq, payload; ARGV schema hash, stream, sequence number, steps, bytes, the token
 -- of a learner that puts back what was lost (while it does, only it may insert) or "", and the
 -- payload, unless it was sent before: through a function only small ones are quick.
--- Replies: OK inserted | DUP last | GAP last | WAIT budget inserted wake | SCHEMA text | TOOBIG
--- steps bytes | NOPAYLOAD | FENCED (that token counts no more) | NONE (no replay has been created)
--- | NONE reason. The wake of a WAIT is the id after which the next settlement appears.
+-- Replies: OK inserted | DUP last | GAP last | ODD (nobody knows what the stream's last chunk is) |
+-- WAIT budget inserted wake | SCHEMA text | TOOBIG steps bytes | NOPAYLOAD | FENCED (that token counts
+-- no more) | NONE (no replay has been created) | NONE reason. The wake of a WAIT is the id after which the next settlement appears.
 local function insert(keys, args)
   local meta, log, seqs, payload = keys[1], keys[2], keys[3], keys[4]
   local sid, seq, steps, bytes = args[2], int(args[3]), int(args[4]), int(args[5])
@@ -198,8 +218,8 @@ local function insert(keys, args)
     return {'NONE', 'the learner is putting back what the server has lost'}
   end
 
-  local last, closed = string.match(redis.call('HGET', seqs, sid) or '0', '(%d+)(c?)')
-  last = int(last)
+  local last, closed = last_of(seqs, sid)
+  if not last then return {'ODD'} end
   if seq <= last then
     refused(meta, 'dups')
     return {'DUP', last}
@@ -228,8 +248,11 @@ local function insert(keys, args)
     cap_bytes - bytes, steps, EVICT_CHUNKS, closed == '' and sid)
   if last == 0 then claim(meta, sid) end
   local number = int(m[13]) + 1
-  append(meta, log, whole(number), ids[#ids], 'k', payload, 'n', args[4], 'b', args[5], 's', sid,
-    'q', args[3], 'g', whole(inserted))
+  if not append(meta, log, whole(number), ids[#ids], 'k', payload, 'n', args[4], 'b', args[5], 's',
+      sid, 'q', args[3], 'g', whole(inserted)) then
+    return {'NONE', 'an entry of the log that no insert has made leaves no higher id for others: '
+      .. '`dreamfleet replay check` names it, docs/security.md says how to mend it'}
+  end
   -- A writer that was replaced may still come; its stream stays one that is to be forgotten.
   redis.call('HSET', seqs, sid, whole(seq) .. closed)
   redis.call('HSET', meta, 'inserted', whole(inserted + steps), 'committed', whole(number),

@@ -336,6 +336,9 @@ class Uploader:
             parcel.payload_there = False
         elif reply.code in ("GAP", "DUP"):
             self._recover(parcel, int(reply.values[0]), foreign=reply.code == "DUP")
+        elif reply.code == "ODD":
+            # What it has acknowledged stays; the rest goes on as a stream that nobody has touched.
+            self._recover(parcel, 0, foreign=True)
         elif reply.code == "NONE":
             why = reply.values[0].decode() if reply.values else ""
             raise ReplayMissing(why or "no replay has been created on the server yet")

@@ -17,13 +17,25 @@ from replay_service import (
     EmbeddedServer,
     Limits,
     ReplayClient,
+    ReplayConfig,
+    Uploader,
     check_mirror,
     check_server,
+    encode_chunk,
     export_archive,
 )
 from replay_service.chunk import MAX_CHUNK_STEPS, MAX_STREAM_CHARS, max_blob_bytes
 from replay_service.entries import LogEntry, parse_entry
-from tests.replay_service.records import SCHEMA, UNBOUNDED, absorb_until, contents, insert_many
+from tests.replay_service.records import (
+    SCHEMA,
+    UNBOUNDED,
+    absorb_until,
+    chunk,
+    contents,
+    insert,
+    insert_many,
+    write,
+)
 from tests.replay_service.test_mirror import following
 
 LOG, PREFIX = "{rp0}:log", "{rp0}"
@@ -239,6 +251,65 @@ def test_inserts_go_on_behind_an_entry_of_the_far_future(tmp_path: Path, number:
         assert client.stats().epoch > 2**50 and client.stats().size_steps == 16
         assert [entry.seq for entry in client.read_log("0", 100, 0.01)] == [7, 8]
         assert check_server(client).ok
+
+
+def test_log_that_takes_no_more_is_named_by_everybody_and_can_be_mended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        EmbeddedServer(tmp_path, max_memory_bytes=2**26) as alone,
+        closing(ReplayClient(alone.url)) as client,
+        redis.Redis.from_url(alone.url) as raw,
+    ):
+        client.create(SCHEMA, Limits(capacity_steps=16, capacity_bytes=2**27))
+        insert_many(client, 0, 2)
+        raw.xadd(LOG, GOOD, id=f"{2**64 - 1}-{2**64 - 1}")
+        for _ in range(2):
+            made = encode_chunk(chunk(0, 3), SCHEMA)
+            code, reasons = client.insert(SCHEMA, "s0@1", 3, 8, made)
+            assert code == "NONE" and b"docs/security.md says how to mend it" in reasons[0]
+        assert client.stats().inserted_steps == 16 and client.stats().epoch < 2**42
+        told = [str(one) for one in check_server(client).violations]
+        assert any("its id leaves no higher one for inserts" in one for one in told)
+        with following(client) as mirror:
+            absorb_until(mirror, lambda: raw.exists("{rp0}:dead") == 1)
+        assert any("its id leaves no higher one for inserts" in one for one in caplog.messages)
+        # As docs/security.md says.
+        raw.flushall()
+        client.create(SCHEMA, Limits(capacity_steps=16, capacity_bytes=2**27))
+        insert_many(client, 0, 4)
+        assert client.stats().size_steps == 16 and check_server(client).ok
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"", b"nan", b"inf", b"-1", b"1e400", b"9" * 5000])
+def test_junk_for_counters_stops_no_insert(client: ReplayClient, raw: Raw, junk: bytes) -> None:
+    client.create(SCHEMA, Limits(capacity_steps=80, capacity_bytes=2**27))
+    insert_many(client, 0, 12)
+    fields = ("committed", "inserted", "size", "bytes", "chunks", "evicted", "epoch", "dups")
+    for seq, field in enumerate(fields, 13):
+        raw.hset("{rp0}:meta", field, junk)
+        insert_many(client, 0, 1, start=seq)
+    assert insert(client, chunk(0, 1)) == "DUP"
+
+
+@pytest.mark.parametrize("junk", [b"junk", b"", b"x1", b"-1", b"1e3", b"9" * 5000])
+def test_stream_whose_place_nobody_knows_goes_on_under_another_incarnation(
+    client: ReplayClient, raw: Raw, junk: bytes
+) -> None:
+    client.create(SCHEMA, UNBOUNDED)
+    with Uploader(client, SCHEMA, ReplayConfig(chunk_steps=8)) as uploader:
+        writer = uploader.open_stream("s0")
+        write(writer, 0, 0, 16)
+        writer.flush()
+        assert uploader.drain(20.0)
+        raw.hset("{rp0}:seq", "s0@1", junk)
+        write(writer, 0, 16, 40)
+        writer.flush()
+        assert uploader.drain(20.0)
+        assert writer.incarnation == 2 and uploader.stats.lost_chunks == 0
+    with following(client) as mirror:
+        absorb_until(mirror, lambda: mirror.caught_up)
+        assert set(contents(mirror)) == {(0, step) for step in range(40)}
 
 
 def peak_of(call: Callable[[], object]) -> int:
