@@ -282,9 +282,21 @@ class StandingFleet:
     def stop(self, drain_s: float = 10.0) -> list[dict[str, Any]]:
         """End the fleet; see `Fleet.stop`. One that has a newer learner is left to that."""
         self.leave()
-        if self._host is not None and not self._last.get("newer"):
+        if self._host is None:
+            return self.stats()
+        try:
+            # A learner that slept may not have asked since it was replaced.
+            self._ask(_ANSWER_S)
+        except (RayError, GetTimeoutError) as error:
+            log.debug("fleet_away error=%s", error)
+        if not self.replaced:
             end_fleet(self._host, self._plan.roster, drain_s)
         return self.stats()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the fleet has said that it has a newer learner."""
+        return "newer" in self._last
 
     def _fits(self, host: Any) -> bool:
         """Whether a living fleet does what is wanted, and can go on doing it."""

@@ -166,6 +166,8 @@ class Crew:
     def end(self, drain_s: float, *, leave: bool = False) -> None:
         """Stop the actors, and the hub if it would outlive this process.
 
+        Whatever has a newer learner is left to that.
+
         Args:
             drain_s: time in which they may deliver what they hold.
             leave: leave those that can outlive this process to the next learner.
@@ -175,8 +177,8 @@ class Crew:
                 if isinstance(fleet, StandingFleet):
                     fleet.leave()
             log.warning(
-                "fleet_left it goes on for %.0f s without a learner; the same command takes it "
-                "over, `dreamfleet stop` ends it",
+                "fleet_left it goes on, for %.0f s where no learner takes it over, as the same "
+                "command does; `dreamfleet stop` ends it",
                 self._standing.config.orphan_after_s,
             )
             return
@@ -184,7 +186,8 @@ class Crew:
             self._evaluators.stop(0.0)
         if self._fleet is not None:
             self._fleet.stop(drain_s)
-        if self._standing is not None:
+        replaced = isinstance(self._fleet, StandingFleet) and self._fleet.replaced
+        if self._standing is not None and not replaced:
             end_named(HUB, self._standing.namespace)
 
     def collect(self, updates: int) -> int:

@@ -243,10 +243,14 @@ def leaves(config: TrainConfig, interrupts: Interrupts, error: BaseException | N
     """Whether a run that ends now leaves its actors to the next learner of its directory.
 
     A signal does if that is wished; a learner that fails does, for it may be started again. A run
-    that has reached its target, or whose actors cannot work, does not.
+    that has reached its target, or whose actors cannot work, does not. What has another learner
+    already is left to it, whatever else ends this one.
     """
     from actors.fleet import FleetError
+    from learner.learner import LearnerReplaced
 
+    if isinstance(error, LearnerReplaced):
+        return True
     if interrupts.received:
         return config.fleet.keep
     return error is not None and not isinstance(error, FleetError)

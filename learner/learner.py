@@ -57,6 +57,10 @@ class LearnerError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
+class LearnerReplaced(LearnerError):
+    """Another learner has taken over, and with it all that outlives this one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """What the learner has to know about its run."""
@@ -150,7 +154,8 @@ class Learner:
         """Train to the end, and return how it ended: ``finished`` or ``stopped``.
 
         Raises:
-            LearnerError: training diverged, or another learner has taken over this replay.
+            LearnerError: training diverged.
+            LearnerReplaced: another learner has taken over this replay.
         """
         self._publish_if_due()
         self._settle(now=True)
@@ -225,7 +230,7 @@ class Learner:
     def save(self) -> Path | None:
         """Write a checkpoint of everything. Returns None, and counts, if the disk refuses.
 
-        Raises LearnerError if another learner has taken over, as the server or the folder says.
+        Raises LearnerReplaced if another has taken over, as the server or the folder says.
         """
         self._settle(now=True)
         begin = time.monotonic()
@@ -246,7 +251,7 @@ class Learner:
                 log.error("checkpoint_failed error=%s", error)
                 return None
             except ReplayFenced as error:
-                raise LearnerError(f"{error}; this one stops") from error
+                raise LearnerReplaced(f"{error}; this one stops") from error
         self.recorder.exporter.update(
             {
                 "checkpoint_seconds": time.monotonic() - begin,
@@ -344,7 +349,7 @@ class Learner:
             try:
                 self._settle_or_restore()
             except ReplayFenced as error:
-                raise LearnerError(f"{error}; this one stops") from error
+                raise LearnerReplaced(f"{error}; this one stops") from error
             except ReplayUnavailable as error:
                 log.warning("settle_failed error=%s", error)
                 # Several servers are named one by one, see `Standing`.
@@ -375,7 +380,7 @@ class Learner:
             if self.reseeder.replaced():
                 self._restore_replay(self.reseeder)
         except ReplayFenced as error:
-            raise LearnerError(f"{error}; this one stops") from error
+            raise LearnerReplaced(f"{error}; this one stops") from error
         except ReplayUnavailable as error:
             log.debug("replay_unknown error=%s", error)
 

@@ -106,6 +106,24 @@ def test_next_learner_takes_the_same_actors_over_and_the_last_is_refused(
     assert not psutil.wait_procs(processes, timeout=20.0)[1]
 
 
+def test_learner_that_never_heard_that_it_was_replaced_ends_nothing(
+    client: ReplayClient, namespace: str
+) -> None:
+    plan = plan_of(client, namespace, actors=1)
+    first = StandingFleet(plan, fence=1, ask_every_s=600.0)
+    first.start()
+    second = started(plan, 2)
+    until(lambda: states(second) == ["acting"])
+    before = pids(second)
+    assert not first.replaced
+    first.stop(0.0)
+    assert first.replaced
+    look = ray.get(find("fleet-train", namespace).look.remote(), timeout=60)
+    assert (look["fence"], [one["pid"] for one in look["stats"]]) == (2, before)
+    second.stop(5.0)
+    assert names_in(namespace) == [HUB] and not second.replaced
+
+
 def test_supervisor_that_has_forgotten_a_server_is_told_of_it_again(
     client: ReplayClient, namespace: str, tmp_path: Path
 ) -> None:

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import redis
 
+from actors.fleet import FleetError
 from deploy.cli import main
 from deploy.config import FILE_NAME, load_config, save_config, with_values
+from deploy.interrupts import Interrupts
+from deploy.launch import leaves
 from deploy.presets import preset
 from deploy.secretscmd import SecretsOptions, make_secrets
 from deploy.servers import (
@@ -22,6 +28,7 @@ from deploy.servers import (
     servers_here,
     take_fence,
 )
+from learner.learner import LearnerError, LearnerReplaced
 from replay_service import (
     EmbeddedServer,
     Limits,
@@ -49,6 +56,19 @@ def client(tmp_path: Path) -> Iterator[ReplayClient]:
         made = ReplayClient(server.url)
         yield made
         made.close()
+
+
+@pytest.mark.parametrize("received", [None, signal.SIGTERM])
+def test_a_learner_leaves_what_its_successor_has_and_ends_what_it_was_told_to_end(
+    received: signal.Signals | None,
+) -> None:
+    config, told = preset("v3-cartpole"), cast(Interrupts, SimpleNamespace(received=received))
+    kept = with_values(config, {"fleet.keep": True})
+    assert leaves(config, told, LearnerReplaced("by another"))
+    assert leaves(config, told, LearnerError("diverged")) == (received is None)
+    assert not leaves(config, told, None)
+    assert leaves(kept, told, None) == (received is not None)
+    assert leaves(kept, told, FleetError("no actor works")) == (received is not None)
 
 
 def test_guarded_server_of_a_run_admits_learner_and_actor_with_their_own_files(
