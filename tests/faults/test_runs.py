@@ -73,13 +73,13 @@ def test_a_learner_is_killed_and_the_same_command_continues(
 ) -> None:
     flags = ("--learner.checkpoint-every-s", "2")
     run = start(*flags)
-    run.wait_for(lambda status: training(status) and _saved(run) > 0, START_S)
+    run.wait_for(lambda status: training(status) and saved_fence(run) > 0, START_S)
     before = number(run, "updates")
     run.wait_for(lambda status: int(str(status["updates"])) > before + 30, END_S)
     run.process.kill()
     run.process.wait()
     assert run.left(20.0) == []
-    last, fence, steps = number(run, "updates"), _saved(run), number(run, "env_steps")
+    last, fence, steps = number(run, "updates"), saved_fence(run), number(run, "env_steps")
     saved = load_newest(run.directory / "checkpoints")
     assert saved is not None and saved.manifest["update"] <= last + 30
 
@@ -93,7 +93,7 @@ def test_a_learner_is_killed_and_the_same_command_continues(
     # What was in the replay is there again, the actors' last words aside.
     assert number(again, "env_steps") >= steps
     end(again)
-    assert _saved(again) == fence + 1
+    assert saved_fence(again) == fence + 1
 
 
 @pytest.mark.exhaustive
@@ -128,8 +128,8 @@ def test_a_stopped_learner_that_was_replaced_comes_back_and_changes_nothing(
     with EmbeddedServer(tmp_path / "server", max_memory_bytes=2**27) as server:
         flags = ("--redis", server.url, "--learner.checkpoint-every-s", "2")
         zombie = start(*flags, name="old")
-        zombie.wait_for(lambda status: training(status) and _saved(zombie) > 0, START_S)
-        fence = _saved(zombie)
+        zombie.wait_for(lambda status: training(status) and saved_fence(zombie) > 0, START_S)
+        fence = saved_fence(zombie)
         os.kill(zombie.process.pid, signal.SIGSTOP)
         try:
             left = ignore_patterns("lock", "checkpoints", "status.json", "mirror")
@@ -138,7 +138,7 @@ def test_a_stopped_learner_that_was_replaced_comes_back_and_changes_nothing(
             (tmp_path / "new" / "checkpoints").symlink_to(shared)
             began = time.monotonic()
             run = start(*flags, name="new")
-            run.wait_for(lambda status: own(run)(status) and _saved(run) > fence, START_S)
+            run.wait_for(lambda status: own(run)(status) and saved_fence(run) > fence, START_S)
             seconds = time.monotonic() - began
             theirs = {path.name for path in shared.glob(f"*{fence:06d}-*")}
         finally:
@@ -149,7 +149,7 @@ def test_a_stopped_learner_that_was_replaced_comes_back_and_changes_nothing(
         assert "Traceback" not in zombie.output()
         # It has saved nothing since, which its successor would have kept, and settled nothing.
         assert {path.name for path in shared.glob(f"*{fence:06d}-*")} <= theirs
-        assert stats(server.url).fence == fence + 1 == _saved(run)
+        assert stats(server.url).fence == fence + 1 == saved_fence(run)
         before = number(run, "updates")
         run.wait_for(lambda status: int(str(status["updates"])) > before + 20, END_S)
         version = run.status()["policy_version"]
@@ -157,7 +157,7 @@ def test_a_stopped_learner_that_was_replaced_comes_back_and_changes_nothing(
         assert all(one["version"][0] == fence + 1 for one in actors_of(run))
         replayed, size = number(run, "updates"), 4 * 16
         assert replayed * size <= stats_after_end(run, server.url) <= number(run, "updates") * size
-        assert load_newest(shared) is not None and _saved(run) == fence + 1
+        assert load_newest(shared) is not None and saved_fence(run) == fence + 1
         recovered(seconds, START_S, "updates since the last checkpoint")
 
 
@@ -198,7 +198,7 @@ def test_environments_fail_in_every_way_while_a_run_trains(
     end(run)
 
 
-def _saved(run: Run) -> int:
+def saved_fence(run: Run) -> int:
     """Return the fence of the newest checkpoint, 0 before the first."""
     return newest_fence(run.directory / "checkpoints")
 
