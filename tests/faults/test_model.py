@@ -33,7 +33,7 @@ from replay_service.client import INLINE_BYTES
 from tests.replay_service import records
 from tests.replay_service.records import wait_written
 
-pytestmark = [pytest.mark.faults, pytest.mark.integration]
+pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.timeout(900)]
 
 EVICTED_AT_ONCE = 8
 LONGEST = 8

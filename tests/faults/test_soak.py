@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks.faults.soak import Soak
 
-pytestmark = [pytest.mark.faults, pytest.mark.integration]
+pytestmark = [pytest.mark.faults, pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_five_hundred_random_faults_lose_nothing(tmp_path: Path) -> None:
-    soak = Soak(tmp_path, faults=500, seconds=100, seed=1, rare_every_s=0.5)
+    soak = Soak(tmp_path, faults=500, seconds=600, seed=1, rare_every_s=0.5)
     try:
         report = soak.run()
     finally:

@@ -177,7 +177,7 @@ def test_a_kill_at_any_point_leaves_a_valid_checkpoint(
 ) -> None:
     write(tmp_path, 1)
     command = [sys.executable, "-c", KILLED, str(tmp_path), name, str(count), when]
-    ended = subprocess.run(command, timeout=60, check=False, env={**os.environ, "PYTHONPATH": "."})
+    ended = subprocess.run(command, timeout=240, check=False, env={**os.environ, "PYTHONPATH": "."})
     assert ended.returncode == -signal.SIGKILL
     found = load_newest(tmp_path)
     assert found is not None
