@@ -72,7 +72,7 @@ def run(*, quick: bool = False) -> dict[str, Any]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds, rounds = (0.3, 1) if quick else (4.0, 5)
+    seconds, rounds = (0.3, 1) if quick else (2.5, 5)
     try:
         cases = CASES[:1] if quick else CASES
         return {"cases": [measure(case, seconds, rounds) for case in cases]}

@@ -61,6 +61,9 @@ def bench(options: BenchOptions) -> int:
         module = importlib.import_module(f"benchmarks.{name}")
         takes_quick = "quick" in inspect.signature(module.run).parameters
         begin = time.monotonic()
+        if not console().is_terminal:
+            # Nobody sees a line that turns.
+            console().print(f"measuring {name} …")
         with console().status(f"measuring {name} …"):
             result = module.run(quick=options.quick) if takes_quick else module.run()
         results[name] = {**result, "seconds": round(time.monotonic() - begin, 1)}
