@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,6 +107,7 @@ def test_a_stopped_learner_comes_back_to_a_hub_and_a_fleet_that_have_another(
         left = ignore_patterns("lock", "checkpoints", "status.json", "mirror")
         copytree(zombie.directory, tmp_path / "new" / "run", ignore=left)
         (tmp_path / "new" / "run" / "checkpoints").symlink_to(shared)
+        began = time.monotonic()
         run = Run(tmp_path / "new" / "run", *flags)
         stack.callback(run.close)
         run.wait_for(
@@ -116,6 +118,7 @@ def test_a_stopped_learner_comes_back_to_a_hub_and_a_fleet_that_have_another(
             ),
             START_S,
         )
+        seconds = time.monotonic() - began
         theirs = {path.name for path in shared.glob(f"*{fence:06d}-*")}
         hub = hub_stats(run.directory)
 
@@ -148,3 +151,4 @@ def test_a_stopped_learner_comes_back_to_a_hub_and_a_fleet_that_have_another(
         settled = stats_after_end(run, server.url)
         assert replayed * size <= settled <= number(run, "updates") * size
         assert names_in(namespace_of(run_id(run.directory))) == []
+        recovered(seconds, START_S, "updates since the last checkpoint")
