@@ -6,6 +6,8 @@ from actors.envs import EnvConfig, EnvError
 from actors.probe import MOST_FAILURES, check_env
 from actors.worker import EnvFailure
 
+pytestmark = pytest.mark.integration
+
 
 def test_good_environment_is_measured_and_passes() -> None:
     report = check_env("CartPole-v1", steps=150)

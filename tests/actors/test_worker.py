@@ -63,6 +63,7 @@ def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("isolation", ["process", "inline"])
 def test_slot_steps_and_resets_a_good_environment(isolation: str) -> None:
     with slot("Counting", isolation=isolation) as place:
@@ -78,6 +79,7 @@ def test_slot_steps_and_resets_a_good_environment(isolation: str) -> None:
         assert begin(place).obs["vector"][0] == 0.0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "label", "words"),
     [
@@ -112,6 +114,7 @@ def test_exception_inline_is_reported_and_the_environment_made_again() -> None:
         assert begin(place).obs["vector"][0] == 0.0
 
 
+@pytest.mark.integration
 def test_hanging_environment_is_killed_with_all_its_processes() -> None:
     with slot("HangsWithChild", hang_timeout_s=0.6) as place:
         place.open()
@@ -127,6 +130,7 @@ def test_hanging_environment_is_killed_with_all_its_processes() -> None:
         assert begin(place).obs["vector"][0] != child
 
 
+@pytest.mark.integration
 def test_process_left_behind_by_an_environment_that_exits_is_killed() -> None:
     with slot("ExitsWithChild") as place:
         place.open()
@@ -137,6 +141,7 @@ def test_process_left_behind_by_an_environment_that_exits_is_killed() -> None:
         until(lambda: gone(child))
 
 
+@pytest.mark.integration
 def test_stopped_process_counts_as_hanging() -> None:
     with slot("Counting", hang_timeout_s=0.5) as place:
         place.open()
@@ -148,6 +153,7 @@ def test_stopped_process_counts_as_hanging() -> None:
         assert begin(place).obs["vector"][0] == 0.0
 
 
+@pytest.mark.integration
 def test_killed_process_is_replaced_even_between_two_steps() -> None:
     with slot("Counting") as place:
         place.open()
@@ -195,6 +201,7 @@ def test_invalid_answer_never_comes_through_and_the_environment_is_kept(
         advance(place, 2)
 
 
+@pytest.mark.integration
 def test_rejection_crosses_the_process_boundary_with_its_label() -> None:
     with slot("NanObservation") as place:
         place.open()
@@ -217,11 +224,13 @@ def test_invalid_reset_is_rejected_every_time_it_is_asked_for() -> None:
                 place.receive()
 
 
+@pytest.mark.integration
 def test_environment_of_an_unknown_name_is_final() -> None:
     with slot("NoSuchThing") as place, pytest.raises(EnvError, match="has no 'NoSuchThing'"):
         place.open()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -236,6 +245,7 @@ def test_environment_that_cannot_start_says_why(name: str, words: str) -> None:
             place.open()
 
 
+@pytest.mark.integration
 def test_environments_start_side_by_side() -> None:
     places = [slot("SlowToStart") for _ in range(3)]
     try:
@@ -293,6 +303,7 @@ with EnvSlot("zoo:Hangs", EnvConfig(), ActorConfig(), 0) as place:
     until(lambda: gone(child))
 
 
+@pytest.mark.integration
 def test_leaving_a_slot_leaves_no_process() -> None:
     with slot("Counting") as place:
         place.open()

@@ -8,6 +8,8 @@ from deploy.config import ConfigError
 from deploy.probe import probe
 from dreamer.spaces import DiscreteAction, VectorSpec
 
+pytestmark = pytest.mark.integration
+
 CARTPOLE = "CartPole-v1"
 
 

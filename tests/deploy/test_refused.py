@@ -16,6 +16,8 @@ from deploy.cli import main
 from deploy.secretscmd import SecretsOptions, make_secrets
 from replay_service import EmbeddedServer
 
+pytestmark = pytest.mark.integration
+
 ZOO = Path(__file__).parents[1] / "actors"
 Refused = Callable[..., str]
 

@@ -34,6 +34,7 @@ def test_durations_are_read_as_docker_compose_writes_them(text: str, want: float
     assert seconds(text) == want
 
 
+@pytest.mark.integration
 def test_services_start_after_what_they_need(project: Project) -> None:
     order = [service.name for service in project.in_order()]
     assert sorted(order) == sorted(project.services)
@@ -41,6 +42,7 @@ def test_services_start_after_what_they_need(project: Project) -> None:
         assert all(order.index(needed) < order.index(name) for needed in service.needs)
 
 
+@pytest.mark.integration
 def test_what_a_service_runs_is_what_the_file_says(project: Project, directory: Path) -> None:
     learner = project.services["learner"]
     assert learner.ours and learner.words[:2] == ("sh", "-ec")
@@ -61,6 +63,7 @@ def test_image_environment_is_that_of_the_dockerfile_with_these_programs() -> No
     assert environment["PATH"].startswith(f"{sys.prefix}/bin:")
 
 
+@pytest.mark.integration
 def test_this_machine_has_a_replay_server_and_lacks_what_nobody_has(project: Project) -> None:
     assert not missing_programs(project.services["redis"])
     assert programs(project.services["redis"])["/shim/valkey-server"]
@@ -68,6 +71,7 @@ def test_this_machine_has_a_replay_server_and_lacks_what_nobody_has(project: Pro
     assert not missing_programs(project.services["learner"])
 
 
+@pytest.mark.integration
 def test_every_container_knows_the_names_of_its_networks_alone(
     project: Project, directory: Path
 ) -> None:
