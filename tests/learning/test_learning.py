@@ -53,12 +53,17 @@ LESSONS: dict[str, Lesson] = {
     # one action, and leaves it by luck.
     "catch-16": Lesson(partial(Catch, 16), 1.0, 12000, changes={"behaviour.entropy": 0.03}),
     "catch-64": Lesson(partial(Catch, 64), 1.0, 12000, batch=8),
+    # V1 has no entropy bonus at all: at 1e-3 it has settled within a hundred updates.
+    "catch-64-calm": Lesson(
+        partial(Catch, 64), 1.0, 12000, batch=8, changes={"optim.actor_lr": 1e-4}
+    ),
 }
 ON_VECTORS = ("remember", "reach", "slippery")
 CASES = [
     *((agent, lesson) for agent in ("v1", "v2", "v3-2023", "v3") for lesson in ON_VECTORS),
     ("v3", "catch-16"),
-    *((agent, "catch-64") for agent in ("v1", "v2", "pro")),
+    *((agent, "catch-64") for agent in ("v2", "pro")),
+    ("v1", "catch-64-calm"),
     # Both of its views of a vector are equal.
     *(pytest.param("pro", lesson, marks=pytest.mark.exhaustive) for lesson in ON_VECTORS),
     # Its pixels go through what V1, V2 and Pro have, its behaviour is learned on vectors above.
