@@ -182,7 +182,12 @@ local function append(meta, log, number, last, ...)
     words[#words + 1] = booted[meta] .. '-' .. number
     for _, word in ipairs(fields) do words[#words + 1] = word end
     local reply = redis.pcall('XADD', log, unpack(words))
-    return type(reply) ~= 'table' or not reply.err
+    if type(reply) ~= 'table' or not reply.err then return true end
+    if string.find(reply.err, 'ID specified') or string.find(reply.err, 'last possible ID') then
+      return false
+    end
+    -- Anything else, such as a right that is missing, is for the caller.
+    return redis.call('XADD', log, unpack(words)) ~= nil
   end
   if added() then return true end
   -- An entry that insert has not written may stand where this one belongs: go on behind it.
