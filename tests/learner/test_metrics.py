@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from learner.bound import PHASES
 from learner.metrics import Board, Exporter, GpuMemory
+from replay_service import ReplayConfigError
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -54,7 +55,8 @@ def test_a_port_in_use_is_an_error() -> None:
     first = Exporter()
     port = first.serve(0)
     try:
-        with pytest.raises(OSError):
+        taken = f"port {port} of --learner.metrics-port is in use"
+        with pytest.raises(ReplayConfigError, match=taken):
             Exporter().serve(port)
     finally:
         first.close()
