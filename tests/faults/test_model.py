@@ -195,6 +195,8 @@ class Protocol(RuleBasedStateMachine):
         # A short example may never do it by itself, and would then insert nothing at all.
         for slot in range(3):
             self.open_stream(slot)
+            # A power cut may end between two of them.
+            self.history.append(copy.deepcopy(self.model))
 
     @rule(slot=st.integers(0, 2))
     def open_stream(self, slot: int) -> None:
